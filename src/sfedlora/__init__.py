@@ -1,0 +1,1 @@
+"""sfedlora: federated LoRA."""
