@@ -1,0 +1,216 @@
+"""One run's whole configuration: loading, overriding, checking, writing.
+
+`RunConfig.load("run.yaml", ["lora.rank=128"])` is the only way in from files and the command line. What can be
+checked without the model and the data is checked here; `resolve` in `experiment` replaces every `auto`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+
+from sfedlora.config.presets import PRESETS
+from sfedlora.config.sections import (
+    DataSection,
+    EvaluationSection,
+    LocalSection,
+    LoraSection,
+    MethodSection,
+    ModelSection,
+    PartitionSection,
+    PrivacySection,
+    RoundsSection,
+    Section,
+)
+from sfedlora.config.yaml_file import Document, dump_yaml, parse_scalar, read_yaml
+from sfedlora.errors import ConfigError
+
+__all__ = ["RunConfig", "apply_overrides"]
+
+AVERAGING_METHODS = ("fedsa", "fedit", "ffa")
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    preset: str | None = None
+    """Optional row of the methods table that fills in method and scaling; explicit keys win over it."""
+    model: ModelSection
+    data: DataSection
+    partition: PartitionSection
+    lora: LoraSection = LoraSection()
+    method: MethodSection = MethodSection()
+    rounds: RoundsSection = RoundsSection()
+    local: LocalSection = LocalSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    privacy: PrivacySection = PrivacySection()
+    robust: Literal["none"] = "none"
+    """Robust aggregation: none in this version."""
+    runner: Literal["auto", "serial"] = "auto"
+    """How a cohort is executed on this machine. auto is serial in this version."""
+    clients_per_batch: Literal["auto", 1] = "auto"
+    """Clients in one forward pass. auto is 1 in this version."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU) or a torch device name."""
+    threads: PositiveInt | None = None
+    """CPU threads. null: torch's own choice, then recorded. Equal bits need equal threads."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Root of every random draw."""
+    output: str = Field(default="runs/run", min_length=1)
+    """Run directory. It must be absent or empty."""
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and apply `key=value` overrides.
+
+        Raises:
+            ConfigError: one message that names the key, its line, what was given and what was expected.
+        """
+        document = read_yaml(Path(path))
+        return cls.from_mapping(apply_overrides(document.values, overrides), origin=document, name=str(path))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, origin: Document | None = None, name: str = "config") -> Self:
+        """Check a plain nested mapping; `origin` gives the lines for messages.
+
+        Raises:
+            ConfigError: as `load`.
+        """
+        try:
+            return cls.model_validate(_with_preset(values))
+        except ValidationError as error:
+            raise ConfigError(_explain(error, origin, name)) from None
+
+    def dump(self) -> str:
+        """This configuration as YAML that `load` reads back equal."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """A checked copy with dotted keys replaced."""
+        nested = self.model_dump(mode="json")
+        for dotted, value in values.items():
+            _set(nested, dotted, value)
+        return self.from_mapping(nested)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        clients, cohort = self.partition.num_clients, self.rounds.cohort_size
+        if clients is not None and cohort is not None and cohort > clients:
+            raise ValueError(
+                f"rounds.cohort_size is {cohort} but there are only {clients} clients (partition.num_clients)"
+            )
+        if self.lora.init == "reinit" and self.method.name not in AVERAGING_METHODS:
+            raise ValueError(
+                f"lora.init: reinit rescales the averaged A, which method {self.method.name!r} does not form; "
+                "use independent or shared"
+            )
+        if self.local.warmup_rounds > self.rounds.num_rounds:
+            raise ValueError(
+                f"local.warmup_rounds is {self.local.warmup_rounds} but there are {self.rounds.num_rounds} rounds"
+            )
+        return self
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a nested mapping with `key=value` overrides applied in order.
+
+    Raises:
+        ConfigError: an override without `=`, or one that goes through a value that is no section.
+    """
+    result = _copy(values)
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted.strip():
+            raise ConfigError(f"override {override!r}: expected key=value, for example lora.rank=128")
+        _set(result, dotted.strip(), parse_scalar(text))
+    return result
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    here = values
+    for section in sections:
+        inner = here.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {dotted}: {section!r} is a value, not a section")
+        here = inner
+    here[last] = value
+
+
+def _with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    preset = values.get("preset")
+    if preset is None:
+        return values
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(
+            f"preset: unknown preset {preset!r};{_did_you_mean(str(preset), PRESETS)} choose one of {', '.join(PRESETS)}"
+        )
+    merged = dict(values)
+    for section, defaults in PRESETS[preset].items():
+        given = merged.get(section) or {}
+        if isinstance(given, Mapping):
+            merged[section] = {**defaults, **given}
+    return merged
+
+
+def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" did you mean {close[0]!r}?" if close else ""
+
+
+def _explain(error: ValidationError, origin: Document | None, name: str) -> str:
+    messages = [_explain_one(dict(detail), origin, name) for detail in error.errors(include_url=False)]
+    return "\n".join(dict.fromkeys(messages))
+
+
+def _explain_one(detail: Mapping[str, Any], origin: Document | None, name: str) -> str:
+    path = _real_path(detail["loc"])
+    dotted = ".".join(path)
+    where = _line_of(dotted, origin, name)
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        return f"{where}unknown key {dotted!r};{_did_you_mean(path[-1], known)} known keys here: {', '.join(known)}"
+    if detail["type"] == "missing":
+        return f"{where}{dotted} is required but was not given"
+    if detail["type"] == "value_error":
+        return f"{where}{dotted + ': ' if dotted else ''}{message}"
+    return f"{where}{dotted}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _real_path(loc: Sequence[str | int]) -> list[str]:
+    """The keys of an error location, without the union branch names that pydantic appends."""
+    path: list[str] = []
+    model: type[BaseModel] | None = RunConfig
+    for step in loc:
+        if model is None:
+            break
+        path.append(str(step))
+        field = model.model_fields.get(str(step))
+        inner = field.annotation if field else None
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    return path
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for step in path:
+        inner = model.model_fields[step].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return list(model.model_fields)
+
+
+def _line_of(dotted: str, origin: Document | None, name: str) -> str:
+    if origin is None:
+        return ""
+    line = origin.lines.get(dotted)
+    return f"{name}, line {line}: " if line else f"{name}: "

@@ -1,0 +1,232 @@
+"""The sections of a run's configuration: keys, types, defaults, and what each key means.
+
+Defaults live here only. Checks of one section are here; checks that span sections are in `run_config`.
+Keys of the design that no code serves yet are left out, so that an unknown key is refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+__all__ = [
+    "DataSection",
+    "EvaluationSection",
+    "LocalSection",
+    "LoraSection",
+    "MethodSection",
+    "ModelSection",
+    "PartitionSection",
+    "PrivacySection",
+    "RoundsSection",
+    "Section",
+]
+
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen section in which an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return values
+
+
+class ModelSection(Section):
+    """The frozen base model."""
+
+    source: str = Field(min_length=1)
+    """Hugging Face hub id, local directory, GGUF file, or `package:NAME/path` (a file in an installed package)."""
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    """What the model is fine-tuned for."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights. auto: the checkpoint's own where the device computes it natively, else
+    float32. Adapters are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class DataSection(Section):
+    """Examples, how they become token ids, and how each client's share is split."""
+
+    source: str = Field(min_length=1)
+    """JSONL, JSON, CSV, TSV, Parquet or chatterbot YAML file, data set directory or hub id, or `package:NAME/path`."""
+    subset: str | None = None
+    """Configuration name of a hub data set (`mnli` of `glue`)."""
+    hub_split: str = "train"
+    """Which split of a hub data set holds the examples that are dealt to clients."""
+    columns: dict[str, str | None] = Field(default_factory=dict)
+    """Which columns hold what: `prompt` and `response` (causal-lm), `text`, `text_pair` and `label` (classification).
+    A role left out is read from the column of its own name; `prompt: null` trains on `response` alone."""
+    labels: tuple[str | int, ...] | None = None
+    """Label values in the order of their ids. null: the sorted distinct values of the label column."""
+    template: Literal["plain", "alpaca", "chat"] = "plain"
+    """How prompt and response become one text. chat: the tokenizer's own chat template."""
+    loss_on: Literal["response", "all"] = "response"
+    """Which tokens enter the loss."""
+    max_length: PositiveInt = 256
+    """Longest example in tokens. A longer one loses the start of its prompt first, then the end of its response."""
+    split: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
+    """Train, validation and test fractions of every client's own examples."""
+    group: str | None = None
+    """Column whose equal values stay together on one client and in one split (conversation, document)."""
+    validation: str | None = None
+    """A further file evaluated as it is with every evaluated client, beside the clients' own validation splits."""
+    test: str | None = None
+    """Like `validation`, for the first and the final evaluation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        total = sum(self.split)
+        if abs(total - 1.0) > 1e-6:  # noqa: PLR2004
+            raise ValueError(f"split must add up to 1, got {list(self.split)} = {total:g}")
+        known = ("prompt", "response", "text", "text_pair", "label")
+        for role in self.columns:
+            if role not in known:
+                raise ValueError(f"columns: unknown role {role!r}; expected some of {', '.join(known)}")
+        return self
+
+
+class PartitionSection(Section):
+    """How the examples are dealt to clients."""
+
+    scheme: Literal["iid", "dirichlet", "column", "shards", "quantity"] = "iid"
+    """iid: equal random shares. dirichlet: label shares of each client drawn from Dirichlet(concentration). column: one
+    client per value of `column`. shards: two label-sorted shards a client. quantity: random shares of unequal size."""
+    num_clients: PositiveInt | None = None
+    """Number of clients N. Required, except for `column`, where a number keeps that many largest values."""
+    concentration: PositiveFloat | None = None
+    """Dirichlet concentration for `dirichlet` and `quantity` (0.5 if not given); smaller is more uneven."""
+    column: str | None = None
+    """The column that `column` deals by; for `dirichlet` and `shards` the one that replaces the label."""
+    min_examples: PositiveInt = 10
+    """Fewest examples a client may have."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scheme == "column" and self.column is None:
+            raise ValueError("scheme 'column' needs partition.column")
+        if self.scheme != "column" and self.num_clients is None:
+            raise ValueError(f"scheme {self.scheme!r} needs partition.num_clients")
+        if self.concentration is not None and self.scheme not in ("dirichlet", "quantity"):
+            raise ValueError(f"scheme {self.scheme!r} does not use concentration; leave it out or null")
+        if self.column is not None and self.scheme in ("iid", "quantity"):
+            raise ValueError(f"scheme {self.scheme!r} does not use column; leave it out or null")
+        return self
+
+
+class LoraSection(Section):
+    """The adapters."""
+
+    rank: PositiveInt = 8
+    """Rank r of every adapter."""
+    alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 16.0
+    """alpha of the scaling rule."""
+    scaling: Literal["lora", "rslora", "sfed"] = "sfed"
+    """gamma. lora: alpha / r. rslora: alpha / sqrt(r). sfed: alpha * sqrt(N / r)."""
+    num_clients: Literal["effective", "total"] | Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = "effective"
+    """N of the sfed rule. effective: 1 / sum w^2 of the average that formed A. total: the number of clients (the
+    paper's letter). A number fixes it."""
+    init: Literal["auto", "independent", "local", "shared", "reinit"] = "auto"
+    """independent: N seeded draws of A, averaged before round 1. local: each client's own draw in round 1. shared: one
+    draw. reinit: averaged draws times sqrt(N_eff), once. auto: independent for sfed, else shared."""
+    target_modules: str | tuple[str, ...] = "default"
+    """`default` (PEFT's table for the architecture), `all-linear`, a regular expression, or a list of name endings."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input while training."""
+
+
+class MethodSection(Section):
+    """The federated method."""
+
+    name: str = "fedsa"
+    """fedsa, fedit, ffa, local or centralized."""
+    head: Literal["auto", "personal", "shared"] = "auto"
+    """Where a classification head lives. auto: personal for fedsa and local, shared for the others."""
+
+
+class RoundsSection(Section):
+    """The communication rounds."""
+
+    num_rounds: PositiveInt = 10
+    """Number of rounds."""
+    cohort_size: PositiveInt | None = None
+    """Clients that train in a round, sampled without replacement. null: all of them."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Weight of a client in every average: its number of training examples, or the same for all."""
+    server_optimizer: Literal["none"] = "none"
+    """none: the server takes the average as it is. Nothing else in this version."""
+    proximal_mu: Literal[0.0] = 0.0
+    """FedProx term. Only 0 in this version."""
+
+
+class LocalSection(Section):
+    """Local training of one client in one round."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw: torch's AdamW with its default betas. sgd: without momentum."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    learning_rate_a_ratio: NonNegativeFloat = 1.0
+    """Learning rate of A divided by that of B. 1 / N_eff is the flat rule under SGD; 0 freezes A."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled (adamw) or L2 (sgd) weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over the rounds after warmup: constant, or down towards 0 after the last round."""
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    """Rounds over which the learning rate rises linearly to its peak."""
+    batch_size: PositiveInt = 8
+    """Examples in one forward pass."""
+    accumulation: PositiveInt = 1
+    """Forward passes per optimizer step; the loss is the mean over all their labelled tokens or examples."""
+    local_steps: PositiveInt | None = 10
+    """Optimizer steps per round. Give this or local_epochs."""
+    local_epochs: PositiveInt | None = None
+    """Passes over the client's training examples per round. Giving it replaces local_steps."""
+    max_grad_norm: PositiveFloat | None = None
+    """Clip the gradient of all trained factors together to this L2 norm. null: no clipping."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Whether a client's optimizer moments start from zero in every round."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_steps(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("local_epochs") is not None and "local_steps" not in values:
+            return {**values, "local_steps": None}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("give exactly one of local_steps and local_epochs, and leave the other out or null")
+        return self
+
+
+class PrivacySection(Section):
+    """Differential privacy: none in this version."""
+
+    mode: Literal["none"] = "none"
+    """Only none in this version."""
+
+
+class EvaluationSection(Section):
+    """When and on whom the model is evaluated."""
+
+    every: PositiveInt = 1
+    """Evaluate after every so many rounds; the last round is always evaluated."""
+    clients: Literal["auto", "all", "cohort"] | PositiveInt = "auto"
+    """all clients, the round's cohort, or a fixed seeded sample of so many. auto: all, above 100 a sample of 100."""
+    batch_size: PositiveInt = 32
+    """Examples in one evaluation forward pass."""
+    max_batch_tokens: PositiveInt = 4096
+    """Tokens, padding included, in one evaluation forward pass."""

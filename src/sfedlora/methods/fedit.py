@@ -1,0 +1,49 @@
+"""FedIT: average A and B.
+
+Jianyi Zhang et al. *Towards Building the Federated GPT: Federated Instruction Tuning.* arXiv:2305.05644.
+
+    client   (A_k, B_k) <- K local steps from (A, B)
+    server   A = sum_k p_k A_k,  B = sum_k p_k B_k
+
+Inexact: B A is not sum_k p_k B_k A_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement, mean_of_shared
+from sfedlora.types import Part, ServerState
+
+__all__ = ["FedIT"]
+
+
+@dataclass(frozen=True)
+class FedIT:
+    """Both factors are averaged; every client ends with the same model."""
+
+    head: HeadPlacement = "shared"
+    name: ClassVar[str] = "fedit"
+    exact: ClassVar[Exactness] = "no"
+    averages_a: ClassVar[bool] = True
+    pools_data: ClassVar[bool] = False
+
+    def trained_parts(self, round_num: int) -> frozenset[Part]:
+        """A, B and the head, in every round."""
+        del round_num
+        return ALL_PARTS
+
+    def shared_parts(self, round_num: int) -> frozenset[Part]:
+        """A, B, and the head unless it is personal."""
+        del round_num
+        return ALL_PARTS - self.personal_parts()
+
+    def personal_parts(self) -> frozenset[Part]:
+        """Nothing, or the head where it is personal."""
+        return frozenset({Part.HEAD}) if self.head == "personal" else frozenset()
+
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """A = sum_k p_k A_k, B = sum_k p_k B_k."""
+        return mean_of_shared(state, contributions)

@@ -1,0 +1,45 @@
+"""Every client alone: what federation has to beat.
+
+No factor travels; client k trains (A_k, B_k) and its head on its own data in every round it is sampled for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement
+from sfedlora.types import Part, ServerState
+
+__all__ = ["Local"]
+
+
+@dataclass(frozen=True)
+class Local:
+    """Everything is personal."""
+
+    head: HeadPlacement = "personal"
+    name: ClassVar[str] = "local"
+    exact: ClassVar[Exactness] = "no"
+    averages_a: ClassVar[bool] = False
+    pools_data: ClassVar[bool] = False
+
+    def trained_parts(self, round_num: int) -> frozenset[Part]:
+        """A, B and the head, in every round."""
+        del round_num
+        return ALL_PARTS
+
+    def shared_parts(self, round_num: int) -> frozenset[Part]:
+        """Nothing."""
+        del round_num
+        return frozenset()
+
+    def personal_parts(self) -> frozenset[Part]:
+        """A, B and the head."""
+        return ALL_PARTS
+
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+        """Nothing to do."""
+        del contributions
+        return state
