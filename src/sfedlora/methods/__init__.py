@@ -11,6 +11,7 @@ from sfedlora.errors import ConfigError
 from sfedlora.methods.base import Contribution as Contribution
 from sfedlora.methods.base import Method as Method
 from sfedlora.methods.base import aggregate as aggregate
+from sfedlora.methods.base import check_update as check_update
 from sfedlora.methods.base import client_weights as client_weights
 from sfedlora.methods.centralized import Centralized as Centralized
 from sfedlora.methods.fedit import FedIT as FedIT
@@ -28,6 +29,7 @@ __all__ = [
     "Local",
     "Method",
     "aggregate",
+    "check_update",
     "client_weights",
     "make_method",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "Method",
     "Weighting",
     "aggregate",
+    "check_update",
     "client_weights",
     "mean_of_shared",
 ]
@@ -108,8 +109,7 @@ def aggregate(method: Method, state: ServerState, updates: Sequence[Update], *, 
             non-float or non-finite tensor or without examples. The message names the client and the tensor.
     """
     round_num = state.round_num + 1
-    expected = select_parts(state.shared, method.shared_parts(round_num))
-    _check_updates(updates, round_num, expected)
+    _check_all(method, state, updates)
     by_id = {update.client_id: update for update in updates}
     weights = client_weights({client_id: update.num_examples for client_id, update in by_id.items()}, weighting)
     contributions = [Contribution(client_id, by_id[client_id].tensors, weight) for client_id, weight in weights.items()]
@@ -125,7 +125,8 @@ def mean_of_shared(state: ServerState, contributions: Sequence[Contribution]) ->
     return replace(state, shared={name: mean.get(name, tensor) for name, tensor in state.shared.items()})
 
 
-def _check_updates(updates: Sequence[Update], round_num: int, expected: Tensors) -> None:
+def _check_all(method: Method, state: ServerState, updates: Sequence[Update]) -> None:
+    round_num = state.round_num + 1
     if not updates:
         raise UpdateError(f"round {round_num} has no update to aggregate", client_id="(none)")
     seen: set[str] = set()
@@ -133,10 +134,17 @@ def _check_updates(updates: Sequence[Update], round_num: int, expected: Tensors)
         if update.client_id in seen:
             raise UpdateError(f"sent a second update for round {round_num}; expected one", client_id=update.client_id)
         seen.add(update.client_id)
-        _check_update(update, round_num, expected)
+        check_update(method, state, update)
 
 
-def _check_update(update: Update, round_num: int, expected: Tensors) -> None:
+def check_update(method: Method, state: ServerState, update: Update) -> None:
+    """Check one update against what this round shares.
+
+    Raises:
+        UpdateError: another round, no examples, or a missing, extra, mis-shaped, non-float or non-finite tensor.
+    """
+    round_num = state.round_num + 1
+    expected = select_parts(state.shared, method.shared_parts(round_num))
     client_id = update.client_id
     if update.round_num != round_num:
         raise UpdateError(f"is for round {update.round_num}; the open round is {round_num}", client_id=client_id)

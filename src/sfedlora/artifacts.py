@@ -1,0 +1,270 @@
+"""A run directory: what is written where, and how a run is found again.
+
+Layout (schema version 1):
+
+    config.yaml environment.json partition.json metrics.jsonl summary.json
+    adapters/shared/  adapters/clients/<dir>/
+    checkpoints/round-000003/{state.json, server.safetensors, clients/<dir>.safetensors}
+    checkpoints/partial/<dir>.{safetensors,json}   clients that finished a round which was interrupted
+
+A checkpoint is complete or absent. The last two rounds are kept, and the best one. A client that did not change is a
+hard link to its file in the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sfedlora.config import RunConfig
+from sfedlora.data.partition import safe_directory_name
+from sfedlora.errors import ConfigError, InputError, StorageError
+from sfedlora.federation.client import ClientOutcome, TrainMetrics
+from sfedlora.federation.state import FederationState
+from sfedlora.storage import (
+    append_line,
+    directory_written_whole,
+    read_json,
+    read_tensors,
+    to_json,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from sfedlora.types import ServerState, Tensors
+
+__all__ = ["Checkpoint", "RunDirectory"]
+
+_SHARED, _EXTRA, _PERSONAL, _OPTIMIZER = "shared/", "extra/", "personal/", "optimizer/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete state after a round.
+
+    Attributes:
+        state: the federation's state.
+        progress: small facts kept beside it: the initial evaluation and the best round so far.
+    """
+
+    state: FederationState
+    progress: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The owner of one run's files."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> RunDirectory:
+        """Make a new run directory.
+
+        Raises:
+            ConfigError: the path is a file or a folder that is not empty.
+            StorageError: it cannot be made.
+        """
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            holds_run = (path / "config.yaml").is_file()
+            advice = f"go on with `sfedlora resume {path}` or choose another output" if holds_run else "choose another"
+            what = "another run" if holds_run else "other files"
+            raise ConfigError(f"output: {path} already holds {what}; {advice}")
+        try:
+            (path / "checkpoints").mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be made ({error.strerror})") from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run directory.
+
+        Raises:
+            InputError: it holds no run.
+        """
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path}: no run directory (config.yaml is missing); give the folder that `run` wrote")
+        return cls(path)
+
+    def config(self) -> RunConfig:
+        """The resolved configuration."""
+        return RunConfig.load(self.path / "config.yaml")
+
+    def write_setup(self, config: RunConfig, environment: Mapping[str, Any], partition: Mapping[str, Any]) -> None:
+        """Write what is fixed before round 1; config.yaml last, since it marks the folder as a run."""
+        write_json(self.path / "environment.json", environment)
+        write_json(self.path / "partition.json", partition)
+        write_text(self.path / "config.yaml", config.dump())
+
+    def partition(self) -> dict[str, Any]:
+        """partition.json."""
+        content: dict[str, Any] = read_json(self.path / "partition.json")
+        return content
+
+    def environment(self) -> dict[str, Any]:
+        """environment.json."""
+        content: dict[str, Any] = read_json(self.path / "environment.json")
+        return content
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one round's line to metrics.jsonl."""
+        append_line(self.path / "metrics.jsonl", to_json(record))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a torn last line (power loss while it was written) is left out."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        complete = [line for line in lines[:-1] if line]
+        try:
+            return [json.loads(line) for line in complete]
+        except ValueError as error:
+            raise StorageError(f"{path}: not valid JSON lines ({error})") from None
+
+    def drop_metrics_after(self, round_num: int) -> None:
+        """Take back the lines of rounds that no checkpoint holds."""
+        kept = [record for record in self.metrics() if record["round_num"] <= round_num]
+        write_text(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in kept))
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json; empty while the run is not finished."""
+        path = self.path / "summary.json"
+        content: dict[str, Any] = read_json(path) if path.is_file() else {}
+        return content
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json, the mark of a finished run."""
+        write_json(self.path / "summary.json", summary)
+
+    def adapter_path(self, client_id: str | None) -> Path:
+        """The PEFT directory of a client, or of the shared part for None."""
+        if client_id is None:
+            return self.path / "adapters" / "shared"
+        return self.path / "adapters" / "clients" / safe_directory_name(client_id)
+
+    # checkpoints
+
+    def rounds_kept(self) -> list[int]:
+        """Rounds that have a complete checkpoint, oldest first."""
+        folders = (self.path / "checkpoints").glob("round-*")
+        return sorted(int(folder.name.removeprefix("round-")) for folder in folders)
+
+    def save_checkpoint(self, checkpoint: Checkpoint, *, changed: Sequence[str], best_round: int | None) -> None:
+        """Write the state after a round and drop the checkpoints that are no longer needed.
+
+        Args:
+            checkpoint: the state.
+            changed: clients whose personal state is new in this round; the others are linked.
+            best_round: a round whose checkpoint must stay.
+        """
+        server = checkpoint.state.server
+        previous = self.rounds_kept()
+        with directory_written_whole(self._checkpoint_path(server.round_num)) as folder:
+            (folder / "clients").mkdir()
+            tensors = _prefixed(_SHARED, server.shared) | _prefixed(_EXTRA, server.extra)
+            write_tensors(folder / "server.safetensors", tensors)
+            for client_id in checkpoint.state.personal:
+                name = f"{safe_directory_name(client_id)}.safetensors"
+                old = self._checkpoint_path(previous[-1]) / "clients" / name if previous else None
+                if client_id in changed or old is None or not _link(old, folder / "clients" / name):
+                    write_tensors(folder / "clients" / name, _client_tensors(checkpoint.state, client_id))
+            clients = {client_id: safe_directory_name(client_id) for client_id in checkpoint.state.personal}
+            write_json(
+                folder / "state.json",
+                {"round_num": server.round_num, "clients": clients, "progress": checkpoint.progress},
+            )
+        keep = {*self.rounds_kept()[-2:], best_round}
+        for round_num in self.rounds_kept():
+            if round_num not in keep:
+                shutil.rmtree(self._checkpoint_path(round_num), ignore_errors=True)
+        shutil.rmtree(self._partial_path(), ignore_errors=True)
+
+    def load_checkpoint(self, round_num: int) -> Checkpoint:
+        """Read the state after a round.
+
+        Raises:
+            StorageError: a part is missing or damaged.
+        """
+        folder = self._checkpoint_path(round_num)
+        content = read_json(folder / "state.json")
+        server = read_tensors(folder / "server.safetensors")
+        personal, optimizer = {}, {}
+        for client_id, name in content["clients"].items():
+            tensors = read_tensors(folder / "clients" / f"{name}.safetensors")
+            personal[client_id] = _without_prefix(_PERSONAL, tensors)
+            moments = _without_prefix(_OPTIMIZER, tensors)
+            if moments:
+                optimizer[client_id] = moments
+        state = ServerState(round_num, _without_prefix(_SHARED, server), _without_prefix(_EXTRA, server))
+        return Checkpoint(FederationState(state, personal, optimizer), content["progress"])
+
+    # clients of an interrupted round
+
+    def save_partial(self, outcomes: Mapping[str, ClientOutcome]) -> None:
+        """Keep the outcomes of the clients that had finished when a round was interrupted."""
+        if not outcomes:
+            return
+        with directory_written_whole(self._partial_path()) as folder:
+            for client_id, outcome in outcomes.items():
+                name = safe_directory_name(client_id)
+                tensors = _prefixed(_PERSONAL, outcome.tensors) | _prefixed(_OPTIMIZER, outcome.optimizer_state)
+                write_tensors(folder / f"{name}.safetensors", tensors)
+                facts = {
+                    "client_id": client_id,
+                    "round_num": outcome.round_num,
+                    "num_examples": outcome.num_examples,
+                    "metrics": asdict(outcome.metrics),
+                }
+                write_json(folder / f"{name}.json", facts)
+
+    def load_partial(self, round_num: int) -> dict[str, ClientOutcome]:
+        """Outcomes kept for an interrupted round; those of another round are ignored."""
+        outcomes: dict[str, ClientOutcome] = {}
+        for path in sorted(self._partial_path().glob("*.json")):
+            facts = read_json(path)
+            if facts["round_num"] != round_num:
+                continue
+            tensors = read_tensors(path.with_suffix(".safetensors"))
+            outcomes[facts["client_id"]] = ClientOutcome(
+                facts["client_id"],
+                round_num,
+                facts["num_examples"],
+                _without_prefix(_PERSONAL, tensors),
+                _without_prefix(_OPTIMIZER, tensors),
+                TrainMetrics(**facts["metrics"]),
+            )
+        return outcomes
+
+    def _checkpoint_path(self, round_num: int) -> Path:
+        return self.path / "checkpoints" / f"round-{round_num:06d}"
+
+    def _partial_path(self) -> Path:
+        return self.path / "checkpoints" / "partial"
+
+
+def _client_tensors(state: FederationState, client_id: str) -> dict[str, Any]:
+    moments = state.optimizer.get(client_id, {})
+    return _prefixed(_PERSONAL, state.personal[client_id]) | _prefixed(_OPTIMIZER, moments)
+
+
+def _prefixed(prefix: str, tensors: Tensors) -> dict[str, Any]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: Tensors) -> dict[str, Any]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True

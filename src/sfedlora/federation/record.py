@@ -1,0 +1,61 @@
+"""The parts of a line of metrics.jsonl that are means over clients. DESIGN's key names; SI units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from sfedlora.federation.client import ClientOutcome
+from sfedlora.federation.evaluate import EvalResult, mean_results
+
+__all__ = ["client_records", "evaluation_record", "training_record"]
+
+
+def training_record(outcomes: Mapping[str, ClientOutcome]) -> dict[str, Any]:
+    """Training loss weighted by examples, gradient norms as plain means over the cohort, tokens as sums."""
+    ordered = [outcomes[client_id] for client_id in sorted(outcomes)]
+    examples = sum(outcome.num_examples for outcome in ordered)
+    metrics = [outcome.metrics for outcome in ordered]
+    return {
+        "train_loss": sum(o.num_examples * o.metrics.train_loss for o in ordered) / examples,
+        "grad_norm_a": _mean_known([item.grad_norm_a for item in metrics]),
+        "grad_norm_b": _mean_known([item.grad_norm_b for item in metrics]),
+        "tokens": sum(item.tokens for item in metrics),
+        "padded_tokens": sum(item.padded_tokens for item in metrics),
+    }
+
+
+def evaluation_record(evaluated: Mapping[str, EvalResult]) -> dict[str, Any]:
+    """Means over the evaluated clients; empty in a round without evaluation."""
+    if not evaluated:
+        return {"eval_loss": None, "eval_loss_unweighted": None}
+    unweighted = mean_results(evaluated, weighted=False)
+    return mean_results(evaluated, weighted=True) | {f"{name}_unweighted": value for name, value in unweighted.items()}
+
+
+def client_records(
+    outcomes: Mapping[str, ClientOutcome], evaluated: Mapping[str, EvalResult]
+) -> dict[str, dict[str, Any]]:
+    """One entry per client that trained or was evaluated."""
+    records: dict[str, dict[str, Any]] = {}
+    for client_id in sorted(outcomes.keys() | evaluated.keys()):
+        records[client_id] = {}
+        if client_id in outcomes:
+            outcome = outcomes[client_id]
+            records[client_id] |= {
+                "num_examples": outcome.num_examples,
+                "train_loss": outcome.metrics.train_loss,
+                "num_steps": outcome.metrics.num_steps,
+                "grad_norm_a": outcome.metrics.grad_norm_a,
+                "grad_norm_b": outcome.metrics.grad_norm_b,
+            }
+        if client_id in evaluated:
+            result = evaluated[client_id]
+            records[client_id] |= {"num_evaluated": result.num_examples, **result.metrics()}
+    return records
+
+
+def _mean_known(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

@@ -1,0 +1,290 @@
+"""The round loop: cohort, broadcast, local training, server step, evaluation, record.
+
+`run_rounds` is a generator of events. Whoever drives it shows progress, stores results, and stops between two clients
+by not asking for the next event; nothing in here calls back.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from sfedlora.data.encode import EncodedData
+from sfedlora.errors import ClientError, RunError, UpdateError
+from sfedlora.federation.client import ClientOutcome, ClientWork
+from sfedlora.federation.evaluate import EvalResult, evaluate_examples, mean_results
+from sfedlora.federation.record import client_records, evaluation_record, training_record
+from sfedlora.federation.sampling import sample_cohort, sample_evaluated
+from sfedlora.federation.schedule import learning_rate_at
+from sfedlora.federation.state import Federation, FederationState, serving_adapter, starting_adapter
+from sfedlora.lora.scaling import effective_clients
+from sfedlora.methods import aggregate, check_update, client_weights
+from sfedlora.types import Part, Tensors, Update, part_of, select_parts
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "ClientEvaluated",
+    "ClientTrained",
+    "RoundFinished",
+    "RoundStarted",
+    "evaluate_clients",
+    "evaluate_external",
+    "run_rounds",
+]
+
+SCHEMA_VERSION = 1
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    """A round begins."""
+
+    round_num: int
+    cohort: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClientTrained:
+    """One client of the cohort has finished, well (`outcome`) or not (`error`)."""
+
+    round_num: int
+    client_id: str
+    outcome: ClientOutcome | None
+    error: ClientError | None
+
+
+@dataclass(frozen=True)
+class ClientEvaluated:
+    """One client has been evaluated."""
+
+    round_num: int
+    client_id: str
+    num_evaluated: int
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    """A round is complete: the state after it and its line of metrics.jsonl."""
+
+    state: FederationState
+    record: Mapping[str, Any]
+
+
+Event = RoundStarted | ClientTrained | ClientEvaluated | RoundFinished
+
+
+def run_rounds(
+    federation: Federation, state: FederationState, finished: Mapping[str, ClientOutcome] | None = None
+) -> Iterator[Event]:
+    """Run the rounds after `state` to the last one.
+
+    Args:
+        federation: what stays the same.
+        state: the state to go on from.
+        finished: outcomes of clients that had already finished the next round when it was interrupted.
+
+    Raises:
+        RunError: every client of a cohort failed.
+    """
+    done = dict(finished or {})
+    while state.server.round_num < federation.rounds.num_rounds:
+        state = yield from _run_round(federation, state, done)
+        done = {}
+
+
+def _run_round(
+    federation: Federation, state: FederationState, done: Mapping[str, ClientOutcome]
+) -> Generator[Event, None, FederationState]:
+    round_num = state.server.round_num + 1
+    settings = federation.rounds
+    cohort = sample_cohort(
+        list(federation.participants), settings.cohort_size, seed=federation.seed, round_num=round_num
+    )
+    yield RoundStarted(round_num, cohort)
+    work = [_make_work(federation, state, client_id) for client_id in cohort]
+    gain = fmean(_gain(item.start, federation.scaling) for item in work)
+
+    clock = time.perf_counter()
+    outcomes: dict[str, ClientOutcome] = {}
+    excluded: dict[str, str] = {}
+    for client_id in sorted(done):
+        outcomes[client_id] = done[client_id]
+        yield ClientTrained(round_num, client_id, done[client_id], None)
+    for result in federation.runner.run_cohort(item for item in work if item.client_id not in outcomes):
+        if isinstance(result, ClientError):
+            excluded[result.client_id] = result.reason
+            yield ClientTrained(round_num, result.client_id, None, result)
+        else:
+            outcomes[result.client_id] = result
+            yield ClientTrained(round_num, result.client_id, result, None)
+    train_seconds = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    state, updates = _server_step(federation, state, outcomes, excluded)
+    aggregate_seconds = time.perf_counter() - clock
+
+    clock = time.perf_counter()
+    evaluated: dict[str, EvalResult] = {}
+    if round_num % settings.evaluate_every == 0 or round_num == settings.num_rounds:
+        for client_id, count, result in evaluate_clients(federation, state, "validation", cohort):
+            evaluated[client_id] = result
+            yield ClientEvaluated(round_num, client_id, count)
+    external = evaluate_external(federation, state, list(evaluated), "validation")
+    eval_seconds = time.perf_counter() - clock
+
+    seconds = {"train_seconds": train_seconds, "aggregate_seconds": aggregate_seconds, "eval_seconds": eval_seconds}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "round_num": round_num,
+        "cohort": list(cohort),
+        **training_record(outcomes),
+        **evaluation_record(evaluated),
+        **external,
+        "gain": gain,
+        "scaling": federation.scaling,
+        "effective_clients": federation.effective_clients,
+        **_traffic_record(federation, state, updates, len(cohort)),
+        **seconds,
+        "excluded": excluded,
+        "clients": client_records(outcomes, evaluated),
+    }
+    yield RoundFinished(state, record)
+    return state
+
+
+def evaluate_clients(
+    federation: Federation, state: FederationState, split: Split, cohort: Sequence[str]
+) -> Iterator[tuple[str, int, EvalResult]]:
+    """Evaluate each chosen client on a split of its own data with the adapter it serves now.
+
+    Yields:
+        Client id, number of clients that are evaluated, result; in client-id order.
+    """
+    chosen = _evaluated_clients(federation, cohort)
+    for client_id in chosen:
+        _load_for_serving(federation, state, client_id)
+        indices = getattr(federation.splits[client_id], split)
+        yield client_id, len(chosen), _evaluate(federation, federation.data, indices)
+
+
+def evaluate_external(
+    federation: Federation, state: FederationState, client_ids: Sequence[str], split: Split
+) -> dict[str, Any]:
+    """Mean metrics of the evaluated clients on the extra file of a split, as `external_<split>`; empty without one."""
+    data = federation.external.get(split)
+    if data is None or not client_ids:
+        return {}
+    results: dict[str, EvalResult] = {}
+    for client_id in client_ids:
+        _load_for_serving(federation, state, client_id)
+        results[client_id] = _evaluate(federation, data, range(len(data)))
+    return {f"external_{split}": mean_results(results, weighted=False)}
+
+
+def _make_work(federation: Federation, state: FederationState, client_id: str) -> ClientWork:
+    round_num = state.server.round_num + 1
+    settings = federation.rounds
+    return ClientWork(
+        client_id=client_id,
+        round_num=round_num,
+        start=starting_adapter(federation, state, client_id),
+        trained=federation.method.trained_parts(round_num),
+        scaling=federation.scaling,
+        learning_rate=learning_rate_at(
+            round_num,
+            peak=settings.learning_rate,
+            schedule=settings.schedule,
+            warmup_rounds=settings.warmup_rounds,
+            num_rounds=settings.num_rounds,
+        ),
+        indices=federation.participants[client_id],
+        optimizer_state=state.optimizer.get(client_id, {}),
+    )
+
+
+def _server_step(
+    federation: Federation, state: FederationState, outcomes: dict[str, ClientOutcome], excluded: dict[str, str]
+) -> tuple[FederationState, list[Update]]:
+    """Aggregate what arrived; a refused update is excluded with its reason and changes nothing at its client."""
+    method, round_num = federation.method, state.server.round_num + 1
+    shared = method.shared_parts(round_num)
+    updates: list[Update] = []
+    for client_id in sorted(outcomes):
+        outcome = outcomes[client_id]
+        update = Update(client_id, round_num, outcome.num_examples, select_parts(outcome.tensors, shared))
+        try:
+            check_update(method, state.server, update)
+        except UpdateError as error:
+            excluded[client_id] = error.reason
+            del outcomes[client_id]
+        else:
+            updates.append(update)
+    if not updates:
+        reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
+        raise RunError(f"round {round_num}: every client of the cohort failed ({reasons})")
+    server = aggregate(method, state.server, updates, weighting=federation.rounds.weighting)
+    personal, optimizer = dict(state.personal), dict(state.optimizer)
+    for client_id in sorted(outcomes):
+        kept = select_parts(outcomes[client_id].tensors, method.personal_parts())
+        personal[client_id] = {**personal.get(client_id, {}), **kept}
+        if outcomes[client_id].optimizer_state:
+            optimizer[client_id] = outcomes[client_id].optimizer_state
+    return FederationState(server, personal, optimizer), updates
+
+
+def _evaluated_clients(federation: Federation, cohort: Sequence[str]) -> tuple[str, ...]:
+    evaluated = federation.rounds.evaluated
+    if evaluated == "cohort":
+        chosen = tuple(client_id for client_id in cohort if client_id in federation.splits)
+        return chosen or tuple(sorted(federation.splits))
+    if evaluated == "all":
+        return tuple(sorted(federation.splits))
+    return sample_evaluated(list(federation.splits), evaluated, seed=federation.seed)
+
+
+def _load_for_serving(federation: Federation, state: FederationState, client_id: str) -> None:
+    federation.resident.load(serving_adapter(federation, state, client_id))
+    federation.resident.scaling = federation.scaling
+
+
+def _evaluate(federation: Federation, data: EncodedData, indices: Sequence[int]) -> EvalResult:
+    return evaluate_examples(
+        federation.resident,
+        data,
+        indices,
+        task=federation.task,
+        batching=federation.batching,
+        pad_token_id=federation.pad_token_id,
+    )
+
+
+def _gain(adapter: Tensors, scaling: float) -> float:
+    """gamma^2 ||A||_F^2 / in_features, mean over layers."""
+    return fmean(
+        scaling**2 * float(torch.linalg.vector_norm(tensor)) ** 2 / tensor.shape[1]
+        for name, tensor in adapter.items()
+        if part_of(name) is Part.A
+    )
+
+
+def _traffic_record(
+    federation: Federation, state: FederationState, updates: Sequence[Update], cohort_size: int
+) -> dict[str, Any]:
+    shared = federation.method.shared_parts(state.server.round_num)
+    weights = client_weights({item.client_id: item.num_examples for item in updates}, federation.rounds.weighting)
+    return {
+        "effective_cohort_size": effective_clients(list(weights.values())),
+        "bytes_up": sum(_num_bytes(update.tensors) for update in updates),
+        "bytes_down": cohort_size * _num_bytes(select_parts(state.server.shared, shared)),
+    }
+
+
+def _num_bytes(tensors: Tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,122 @@
+"""What a federation is (fixed for a run) and what it carries from round to round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from sfedlora.data.encode import EncodedData
+from sfedlora.data.partition import ClientSplit
+from sfedlora.federation.evaluate import EvalBatching
+from sfedlora.federation.initialize import Initialization, draw_a
+from sfedlora.federation.objective import Task
+from sfedlora.federation.runners import Runner
+from sfedlora.federation.schedule import Schedule
+from sfedlora.lora.inject import ResidentModel
+from sfedlora.methods import Method
+from sfedlora.methods.base import Weighting
+from sfedlora.types import Part, ServerState, Tensors, select_parts
+
+__all__ = ["Federation", "FederationState", "RoundSettings", "initial_state", "serving_adapter", "starting_adapter"]
+
+POOLED_ID = "centralized"
+"""Client id of the one participant of a method that pools the data."""
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """How rounds are run; the configuration documents each field."""
+
+    num_rounds: int
+    cohort_size: int | None
+    weighting: Weighting
+    learning_rate: float
+    schedule: Schedule
+    warmup_rounds: int
+    evaluate_every: int
+    evaluated: Literal["all", "cohort"] | int
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything that stays the same during a run.
+
+    Attributes:
+        resident: the one base model with its adapter buffers.
+        runner: executes a cohort.
+        method: the federated method.
+        data: all encoded examples.
+        splits: client id -> its train, validation and test examples.
+        participants: who trains: client id -> training examples. The clients, or one participant with all data.
+        external: further example sets evaluated beside the clients' splits, by `validation` and `test`.
+        initial: the complete adapter before round 1: A as formed, B zero, head as drawn or loaded.
+        init: how A was initialised.
+        scaling: gamma.
+        effective_clients: the count that N stands for in this run.
+        task, pad_token_id, batching, rounds, seed: as named.
+    """
+
+    resident: ResidentModel
+    runner: Runner
+    method: Method
+    data: EncodedData
+    splits: Mapping[str, ClientSplit]
+    participants: Mapping[str, Sequence[int]]
+    external: Mapping[str, EncodedData]
+    initial: Tensors
+    init: Initialization
+    scaling: float
+    effective_clients: float
+    task: Task
+    pad_token_id: int
+    batching: EvalBatching
+    rounds: RoundSettings
+    seed: int
+
+
+@dataclass(frozen=True)
+class FederationState:
+    """What is carried from round to round.
+
+    Attributes:
+        server: the server's state.
+        personal: client id -> the factors that it keeps, for clients that took part.
+        optimizer: client id -> optimizer moments, where they are kept.
+    """
+
+    server: ServerState
+    personal: Mapping[str, Tensors]
+    optimizer: Mapping[str, Tensors]
+
+
+def initial_state(federation: Federation) -> FederationState:
+    """The state before round 1."""
+    shared = select_parts(federation.initial, frozenset(Part) - federation.method.personal_parts())
+    return FederationState(ServerState(0, shared, {}), {}, {})
+
+
+def serving_adapter(federation: Federation, state: FederationState, client_id: str) -> dict[str, Tensor]:
+    """The complete adapter a client serves now: shared factors, its own personal ones, initial ones where it has none."""
+    own = state.personal.get(client_id)
+    if own is None and _keeps_own_a(federation):
+        own = _own_draw(federation, client_id)
+    return {**federation.initial, **state.server.shared, **(own or {})}
+
+
+def starting_adapter(federation: Federation, state: FederationState, client_id: str) -> dict[str, Tensor]:
+    """The complete adapter a client starts the next round from: with `init: local`, round 1 starts from its own A."""
+    adapter = serving_adapter(federation, state, client_id)
+    if federation.init == "local" and state.server.round_num == 0:
+        adapter |= _own_draw(federation, client_id)
+    return adapter
+
+
+def _keeps_own_a(federation: Federation) -> bool:
+    return Part.A in federation.method.personal_parts() and federation.init in ("independent", "local")
+
+
+def _own_draw(federation: Federation, client_id: str) -> dict[str, Tensor]:
+    return draw_a(federation.resident.layout, federation.resident.rank, seed=federation.seed, owner=client_id)

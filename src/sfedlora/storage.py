@@ -1,0 +1,156 @@
+"""Files that are either whole or not there: temp file, fsync, rename, directory fsync."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from sfedlora.errors import StorageError
+from sfedlora.types import Tensors
+
+__all__ = [
+    "append_line",
+    "directory_written_whole",
+    "read_json",
+    "read_tensors",
+    "to_json",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves either the old or the new content.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; the old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or permissions?") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """`write_bytes` for indented JSON; NaN and infinities become null."""
+    write_text(path, to_json(values, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """`write_bytes` for a safetensors file."""
+    write_bytes(path, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line and sync it.
+
+    Raises:
+        StorageError: as `write_bytes`.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or permissions?") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        StorageError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise StorageError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        StorageError: it is missing, truncated or not safetensors.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or 'no such file'})") from None
+    except safetensors.SafetensorError as error:
+        raise StorageError(f"{path}: damaged safetensors file ({error})") from None
+
+
+def to_json(values: Any, *, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinities become null, mappings and tuples become plain ones."""
+    return json.dumps(_plain(values), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+@contextmanager
+def directory_written_whole(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder that takes its final name only when the block ends without an error.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync_directory(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or permissions?") from None
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
