@@ -1,0 +1,229 @@
+"""One LoRA pair around one frozen linear module, and dropout whose masks come from seeds.
+
+    h = base(x) + scaling * (x A^T) B^T         A: (rank, in_features), B: (out_features, rank)
+
+`LoraLinear` holds the frozen module (`nn.Linear`, transformers' `Conv1D`, 8- and 4-bit linears) and calls it; it never
+looks at its weight. It carries one client's pair, or a stack of C pairs that serve a batch made of C equal groups.
+
+Not here: which modules are wrapped and where A and B live in memory (`inject`), gamma (`scaling`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from sfedlora.errors import AdapterError, ModelError
+from sfedlora.seeds import torch_generator
+
+__all__ = ["DropoutState", "LoraLinear", "SeededDropout", "linear_features", "seeded_dropout"]
+
+_NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+@dataclass
+class DropoutState:
+    """The seeds that every dropout layer of one model draws from; the only mutable value of this package.
+
+    Attributes:
+        seeds: one seed per client of the stack (one seed for a single client), or None for no dropout. Whoever trains
+            sets it before every forward, from (client, round, step, micro-batch), and leaves it unchanged until the
+            backward has ended; gradient checkpointing draws the same masks again.
+    """
+
+    seeds: tuple[int, ...] | None = None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear module with a LoRA pair beside it.
+
+    The order of operations and the dtype rules are stock PEFT's: x is cast to the dtype of A, the sum is cast back to
+    the dtype of the base output. A stack computes C clients at once with `bmm`; row block c of the leading (batch)
+    dimension of x belongs to client c, and all blocks have the same size.
+
+    Attributes:
+        base: the frozen module, always in eval mode.
+        a: (rank, in_features), or (C, rank, in_features) for a stack.
+        b: (out_features, rank), or (C, out_features, rank) for a stack.
+        scaling: gamma; a float, or for a stack optionally a tensor of shape (C,).
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    base: nn.Module
+
+    def __init__(
+        self,
+        base: nn.Module,
+        a: Tensor,
+        b: Tensor,
+        *,
+        scaling: float | Tensor = 1.0,
+        dropout: float = 0.0,
+        dropout_state: DropoutState | None = None,
+        path: str = "",
+    ) -> None:
+        """Wrap `base`.
+
+        Args:
+            base: a linear module; it is frozen here.
+            a: initial A, not copied.
+            b: initial B, not copied.
+            scaling: gamma.
+            dropout: probability of dropping an element of the LoRA input, in [0, 1).
+            dropout_state: where the seeds of its masks are read; None for no dropout.
+            path: address of this module's masks, its path in the model.
+
+        Raises:
+            ModelError: `base` is not a linear module.
+            AdapterError: A and B do not fit the module or each other.
+        """
+        super().__init__()
+        features = linear_features(base)
+        if features is None:
+            raise ModelError(f"{path or 'module'} is a {type(base).__name__}; LoRA can only wrap linear modules")
+        self.in_features, self.out_features = features
+        self.base = base.requires_grad_(False).eval()
+        self.scaling = scaling
+        self.dropout = dropout
+        self.dropout_state = DropoutState() if dropout_state is None else dropout_state
+        self.path = path
+        self.set_factors(a, b)
+
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Use other tensors for A and B, not copied: another rank, another number of stacked clients.
+
+        Raises:
+            AdapterError: A and B do not fit the module or each other.
+        """
+        stack, rank = tuple(a.shape[:-2]), a.shape[-2] if a.ndim in {2, 3} else 0
+        expected_a, expected_b = (*stack, rank, self.in_features), (*stack, self.out_features, rank)
+        if rank < 1 or tuple(a.shape) != expected_a or tuple(b.shape) != expected_b:
+            raise AdapterError(
+                f"{self.path or 'LoRA pair'}: A {tuple(a.shape)} and B {tuple(b.shape)}; expected (rank, "
+                f"{self.in_features}) and ({self.out_features}, rank), both with the same number of clients in front "
+                "for a stack"
+            )
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(b)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight: some models (T5's feed-forward) look at its dtype."""
+        weight = self.base.weight
+        if not isinstance(weight, Tensor):
+            raise ModelError(f"{self.path}: the base module {type(self.base).__name__} has no weight tensor")
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias, where there is one."""
+        bias = getattr(self.base, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    def train(self, mode: bool = True) -> LoraLinear:
+        """Set the flag of this module; the frozen base stays in eval mode."""
+        self.training = mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the frozen module and the LoRA pair.
+
+        Args:
+            x: (batch, ..., in_features); for a stack of C clients batch is a multiple of C.
+
+        Returns:
+            (batch, ..., out_features) in the dtype of the base output.
+        """
+        result: Tensor = self.base(x)
+        x = x.to(self.a.dtype)
+        if self.dropout > 0 and self.dropout_state.seeds is not None:
+            x = seeded_dropout(x, self.dropout, self.dropout_state.seeds, self.path)
+        if self.a.ndim == 2:
+            delta = functional.linear(functional.linear(x, self.a), self.b) * self.scaling
+        else:
+            delta = self._stacked_delta(x)
+        return (result + delta).to(result.dtype)
+
+    def _stacked_delta(self, x: Tensor) -> Tensor:
+        num_clients = self.a.shape[0]
+        if x.shape[0] % num_clients:
+            raise AdapterError(f"{self.path}: a batch of {x.shape[0]} rows for a stack of {num_clients} clients")
+        rows = x.reshape(num_clients, -1, self.in_features)
+        delta = torch.bmm(torch.bmm(rows, self.a.transpose(1, 2)), self.b.transpose(1, 2))
+        scaling = self.scaling.view(-1, 1, 1) if isinstance(self.scaling, Tensor) else self.scaling
+        return (delta * scaling).reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shapes for `print(model)`."""
+        return f"a={tuple(self.a.shape)}, b={tuple(self.b.shape)}, scaling={self.scaling}"
+
+
+class SeededDropout(nn.Module):
+    """Takes the place of an `nn.Dropout` in a trained head; active while its `DropoutState` holds seeds."""
+
+    def __init__(self, p: float, state: DropoutState, path: str) -> None:
+        """Remember probability, seeds and address; nothing is drawn here."""
+        super().__init__()
+        self.p = p
+        self.state = state
+        self.path = path
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of x, (batch, ...); the shape and dtype stay."""
+        if self.state.seeds is None or self.p == 0:
+            return x
+        return seeded_dropout(x, self.p, self.state.seeds, self.path)
+
+
+def seeded_dropout(x: Tensor, p: float, seeds: tuple[int, ...], path: str) -> Tensor:
+    """Inverted dropout whose masks depend on the seeds, the address and each client's own shape only.
+
+    Masks are drawn on the CPU from `derive_seed(seed, "dropout", path)`, one per client, and then moved, so every
+    device sees the same ones. A module that is called several times in one forward draws the same mask each time.
+
+    Args:
+        x: (batch, ...), batch being `len(seeds)` equal groups.
+        p: probability of an element to be dropped, in [0, 1).
+        seeds: one seed per group.
+        path: address of the layer.
+
+    Returns:
+        x with dropped elements at 0 and the others divided by 1 - p.
+
+    Raises:
+        AdapterError: the batch does not divide into `len(seeds)` groups.
+    """
+    if x.shape[0] % len(seeds):
+        raise AdapterError(f"{path}: a batch of {x.shape[0]} rows for {len(seeds)} dropout seeds")
+    own_shape = (x.shape[0] // len(seeds), *x.shape[1:])
+    masks = [torch.rand(own_shape, generator=torch_generator(seed, "dropout", path)) >= p for seed in seeds]
+    kept = (masks[0] if len(masks) == 1 else torch.cat(masks)).to(x.device)
+    return x * kept.to(x.dtype).div_(1 - p)
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a module that LoRA can wrap, None for any other.
+
+    `nn.Linear` and its subclasses (bitsandbytes' 8- and 4-bit linears are), transformers' `Conv1D`, and the other
+    quantised linears that PEFT knows.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    if isinstance(module, _NOT_LINEAR):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's way to say that it does not know the type
+        try:
+            in_features, out_features = _get_in_out_features(module)
+        except (UserWarning, ValueError, AttributeError):
+            return None
+    return None if in_features is None or out_features is None else (in_features, out_features)
