@@ -1,0 +1,130 @@
+"""Which examples a client trains on in a round, in which order, and how evaluation is cut into batches.
+
+Examples of like length share a batch, so little is computed on padding; every choice is a function of lengths, indices
+and a seed. Not here: making the tensors (`encoded.collate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfedlora.errors import ConfigError, DataError
+from sfedlora.seeds import numpy_generator
+
+__all__ = ["plan_eval_batches", "plan_local_batches"]
+
+Indices = NDArray[np.int64]
+
+
+def plan_local_batches(
+    lengths: NDArray[np.int64],
+    indices: Sequence[int] | Indices,
+    *,
+    batch_size: int,
+    local_steps: int | None,
+    local_epochs: int | None,
+    accumulation: int,
+    seed: int,
+) -> list[list[Indices]]:
+    """Plan the optimizer steps of one client in one round.
+
+    With `local_steps` the examples come from seeded permutations of `indices`, one after the other, as many as the
+    steps need; they are sorted by length, cut into batches of distinct examples, and the batches are shuffled. A client
+    with fewer than `batch_size` examples uses batches of all it has. With `local_epochs` every example comes exactly
+    once per epoch; one batch of an epoch may be smaller, and its last step may hold fewer micro-batches.
+
+    Args:
+        lengths: (n,) tokens of every example of the encoded data.
+        indices: the client's training examples, positions in `lengths`.
+        batch_size: examples of a micro-batch.
+        local_steps: optimizer steps; or None, then
+        local_epochs: passes over the client's examples.
+        accumulation: micro-batches of an optimizer step.
+        seed: of this client and round.
+
+    Returns:
+        Optimizer steps, each a list of micro-batches, each (batch,) positions.
+
+    Raises:
+        ConfigError: not exactly one of `local_steps` and `local_epochs`, or a number below 1.
+        DataError: no indices.
+    """
+    chosen = np.sort(np.asarray(indices, dtype=np.int64))
+    if chosen.size == 0:
+        raise DataError("a client without training examples cannot train; give it at least one")
+    if (local_steps is None) == (local_epochs is None):
+        raise ConfigError(f"expected one of local_steps and local_epochs, got {local_steps} and {local_epochs}")
+    if min(batch_size, accumulation, local_steps or 1, local_epochs or 1) < 1 or 0 in (local_steps, local_epochs):
+        raise ConfigError("batch_size, accumulation, local_steps and local_epochs must be at least 1")
+    size = min(batch_size, len(chosen))
+    rng = numpy_generator(seed, "local batches")
+    steps: list[list[Indices]] = []
+    if local_steps is not None:
+        batches = _window_batches(lengths, chosen, size, local_steps * accumulation, rng)
+        return _grouped(batches, accumulation)
+    for _ in range(local_epochs or 0):
+        steps += _grouped(_epoch_batches(lengths, chosen, size, rng), accumulation)
+    return steps
+
+
+def plan_eval_batches(
+    lengths: NDArray[np.int64], indices: Sequence[int] | Indices, *, batch_size: int, max_tokens: int
+) -> list[Indices]:
+    """Cut examples into batches for evaluation: each index once, sorted by length.
+
+    Args:
+        lengths: (n,) tokens of every example of the encoded data.
+        indices: positions in `lengths`.
+        batch_size: most examples of a batch.
+        max_tokens: most positions of a batch, padding included; a longer example is a batch of its own.
+    """
+    chosen = np.asarray(indices, dtype=np.int64)
+    ordered = chosen[np.lexsort((chosen, lengths[chosen]))]
+    batches: list[Indices] = []
+    start = 0
+    for end in range(1, len(ordered) + 1):
+        next_size = end + 1 - start
+        full = end == len(ordered) or next_size > batch_size or next_size * int(lengths[ordered[end]]) > max_tokens
+        if full:
+            batches.append(ordered[start:end])
+            start = end
+    return batches
+
+
+def _window_batches(
+    lengths: NDArray[np.int64], chosen: Indices, size: int, num_batches: int, rng: np.random.Generator
+) -> list[Indices]:
+    """Batches of equal size out of concatenated permutations of `chosen`, distinct inside each batch.
+
+    A window longer than the client's data holds copies of an example. Sorted by length they lie side by side, so the
+    sorted window is cut into groups of at least as many batches as there are copies and dealt round robin: a batch then
+    never holds an example twice, and still spans few lengths.
+    """
+    full, rest = divmod(num_batches * size, len(chosen))
+    counts = np.full(len(chosen), full)
+    counts[rng.permutation(len(chosen))[:rest]] += 1
+    by_length = np.lexsort((rng.permutation(len(chosen)), lengths[chosen]))
+    window = np.repeat(chosen[by_length], counts[by_length])
+    copies = full + (rest > 0)
+    batches: list[Indices] = []
+    for group in np.array_split(window.reshape(num_batches, size), num_batches // copies):
+        batches += list(group.reshape(size, len(group)).T)
+    return [batches[place] for place in rng.permutation(num_batches)]
+
+
+def _epoch_batches(lengths: NDArray[np.int64], chosen: Indices, size: int, rng: np.random.Generator) -> list[Indices]:
+    """Every example once, in batches of `size`; the smaller one, if any, is at a random length, not the longest."""
+    window = chosen[np.lexsort((rng.permutation(len(chosen)), lengths[chosen]))]
+    num_full, rest = divmod(len(window), size)
+    sizes = [size] * num_full
+    if rest:
+        sizes.insert(int(rng.integers(num_full + 1)), rest)
+    batches = np.split(window, np.cumsum(sizes)[:-1])
+    return [batches[place] for place in rng.permutation(len(batches))]
+
+
+def _grouped(batches: list[Indices], accumulation: int) -> list[list[Indices]]:
+    return [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]

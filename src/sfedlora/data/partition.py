@@ -1,0 +1,246 @@
+"""How rows are dealt to clients.
+
+Schemes:
+    iid        random shares whose sizes differ by at most one row.
+    dirichlet  for each label, its rows are divided by proportions over the clients drawn from
+               Dirichlet(concentration, .., concentration); sizes differ too. Smaller is more uneven.
+    column     one client per value of a column.
+    shards     rows sorted by label and cut into two shards per client; a client gets two random shards.
+    quantity   random shares with sizes drawn from Dirichlet(concentration); labels mix as in iid.
+
+`dirichlet` is the definition of Yurochkin et al. and of flwr-datasets' `DirichletPartitioner` with
+`self_balancing=False`; Hsu et al. use the same concentration the other way round (label proportions drawn per client,
+equal sizes). `shards` is McMahan et al.'s and `ShardPartitioner(num_shards_per_node=2)`'s; `quantity` is the size skew
+of Li et al.; `iid` and `column` are `IidPartitioner` and `NaturalIdPartitioner`. The draws themselves differ.
+
+With `groups`, the unit that is dealt is a group of rows (a conversation, a document), never cut; its label is the most
+frequent one of its rows, sizes are met as closely as groups allow, and a client has at least 3 groups. Under `column`
+the column alone decides the client: a conversation of two speakers is then a group of each.
+
+Each client's train, validation and test rows are drawn in `splits`; its directory name is made in `directories`.
+
+References:
+    McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017.
+    Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural Networks, ICML 2019.
+    Hsu et al., Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification, 2019.
+    Li et al., Federated Learning on Non-IID Data Silos: An Experimental Study, ICDE 2022.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfedlora.data.directories import safe_directory_name
+from sfedlora.data.splits import SMALLEST_CLIENT, ClientSplit, group_rows, split_client
+from sfedlora.errors import ConfigError, DataError
+from sfedlora.seeds import numpy_generator
+
+__all__ = ["ClientSplit", "Scheme", "assign_clients", "safe_directory_name", "split_client"]
+
+Rows = NDArray[np.int64]
+Scheme = Literal["iid", "dirichlet", "column", "shards", "quantity"]
+
+MAX_DRAWS = 100
+NAMES_SHOWN = 20
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Units:
+    """What is dealt whole: single rows, or groups of rows.
+
+    Attributes:
+        rows: the rows of each unit; units in the order of their first row.
+        sizes: (units,) rows of each unit.
+        labels: (units,) label number of each unit, or None.
+    """
+
+    rows: Sequence[Rows]
+    sizes: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
+
+
+def assign_clients(
+    *,
+    scheme: Scheme,
+    num_rows: int,
+    num_clients: int | None,
+    labels_or_column: Sequence[Any] | None = None,
+    concentration: float = 0.5,
+    min_examples: int = 10,
+    seed: int = 0,
+    groups: Sequence[Any] | None = None,
+) -> dict[str, Rows]:
+    """Deal rows to clients.
+
+    Random schemes draw anew, with derived seeds, up to 100 times while a client has fewer than `min_examples` rows.
+
+    Args:
+        scheme: see the module.
+        num_rows: rows are 0 .. num_rows - 1.
+        num_clients: N. For `column`: keep that many largest values; None keeps all.
+        labels_or_column: one integer or string per row: labels for `dirichlet` and `shards`, the values of `column`.
+        concentration: of the Dirichlet distribution of `dirichlet` and `quantity`.
+        min_examples: fewest rows of a client; 3 where less is given. `column` leaves out values with fewer and
+            logs their names.
+        seed: of the run.
+        groups: one value per row; rows of one value stay on one client (not for `column`, see the module).
+
+    Returns:
+        Client id -> ascending rows. Ids are "0" .. "N-1", or the column's values as strings, in ascending order.
+
+    Raises:
+        DataError: fewer rows than N clients need, fewer than two clients, a missing or unusable label or column value,
+            or a client still too small after 100 draws.
+        ConfigError: an unknown scheme, a number out of range, or no `num_clients`.
+    """
+    if scheme not in ("iid", "dirichlet", "column", "shards", "quantity"):
+        raise ConfigError(f"unknown partition scheme {scheme!r}; expected iid, dirichlet, column, shards or quantity")
+    least = max(min_examples, SMALLEST_CLIENT)
+    if scheme == "column":
+        return _by_column(_label_values(labels_or_column, num_rows, scheme), num_clients, least, groups)
+    if num_clients is None or num_clients < 1:
+        raise ConfigError(f"partition scheme {scheme!r} needs num_clients of at least 1, got {num_clients}")
+    if not concentration > 0:
+        raise ConfigError(f"concentration is {concentration}; expected a number above 0")
+    if num_rows < num_clients * least:
+        raise DataError(
+            f"{num_rows} examples are too few for {num_clients} clients with at least {least} each "
+            f"(needs {num_clients * least}); use fewer clients, a smaller min_examples or more data"
+        )
+    values = _label_values(labels_or_column, num_rows, scheme) if scheme in ("dirichlet", "shards") else None
+    units = _units(num_rows, values, groups)
+    smallest = 0
+    for attempt in range(MAX_DRAWS):
+        rng = numpy_generator(seed, "partition", scheme, attempt)
+        owners = _draw_owners(scheme, units, num_clients, concentration, rng)
+        counts = np.bincount(owners, weights=units.sizes, minlength=num_clients)
+        if counts.min() >= least and np.bincount(owners, minlength=num_clients).min() >= SMALLEST_CLIENT:
+            return _rows_of_clients(units, owners, num_clients)
+        smallest = max(smallest, int(counts.min()))
+    raise DataError(
+        f"partition scheme {scheme!r}: in {MAX_DRAWS} draws over {num_clients} clients the smallest client had "
+        f"{smallest} examples at best; expected {least}: use fewer clients, a larger concentration or a smaller "
+        "min_examples"
+    )
+
+
+def _label_values(values: Sequence[Any] | None, num_rows: int, scheme: str) -> list[str | int]:
+    if values is None:
+        raise DataError(f"partition scheme {scheme!r} needs class labels or a column to deal by (partition.column)")
+    if len(values) != num_rows:
+        raise DataError(f"partition scheme {scheme!r}: {len(values)} labels for {num_rows} rows")
+    plain: list[str | int] = []
+    for row, value in enumerate(values):
+        if isinstance(value, np.integer):
+            plain.append(int(value))
+        elif isinstance(value, int | str) and not isinstance(value, bool):
+            plain.append(value)
+        else:
+            raise DataError(
+                f"partition scheme {scheme!r}: the value in row {row} is {value!r}; expected text or integer"
+            )
+    return plain
+
+
+def _by_column(
+    values: Sequence[str | int], num_clients: int | None, least: int, groups: Sequence[Any] | None
+) -> dict[str, Rows]:
+    if num_clients is not None and num_clients < 2:
+        raise ConfigError(f"num_clients is {num_clients}; expected at least 2 clients")
+    rows_of: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        rows_of.setdefault(str(value), []).append(row)
+    num_units = {name: _num_units(rows, groups) for name, rows in rows_of.items()}
+    kept = [name for name in rows_of if len(rows_of[name]) >= least and num_units[name] >= SMALLEST_CLIENT]
+    if len(kept) < max(2, num_clients or 0):
+        raise DataError(
+            f"only {len(kept)} of {len(rows_of)} column values have at least {least} examples"
+            f"{'' if groups is None else ' in at least 3 groups'}; expected {num_clients or 'at least 2'} clients: "
+            "lower min_examples or num_clients, or use another column"
+        )
+    _note_left_out({name: len(rows_of[name]) for name in rows_of.keys() - set(kept)}, least)
+    largest = sorted(kept, key=lambda name: (-len(rows_of[name]), name))[:num_clients]
+    numeric = all(isinstance(value, int) for value in values)
+    ordered = sorted(largest, key=int) if numeric else sorted(largest)
+    return {name: np.array(rows_of[name], dtype=np.int64) for name in ordered}
+
+
+def _num_units(rows: Sequence[int], groups: Sequence[Any] | None) -> int:
+    return len(rows) if groups is None else len({groups[row] for row in rows})
+
+
+def _note_left_out(sizes: Mapping[str, int], least: int) -> None:
+    if not sizes:
+        return
+    named = [f"{name} ({sizes[name]})" for name in sorted(sizes, key=lambda name: (-sizes[name], name))]
+    more = f" and {len(named) - NAMES_SHOWN} more" if len(named) > NAMES_SHOWN else ""
+    shown = ", ".join(named[:NAMES_SHOWN])
+    logger.warning("left out %d column values (fewer than %d examples): %s%s", len(named), least, shown, more)
+    logger.info("all column values left out: %s", ", ".join(named))
+
+
+def _units(num_rows: int, values: Sequence[str | int] | None, groups: Sequence[Any] | None) -> Units:
+    rows = np.arange(num_rows, dtype=np.int64)
+    units = list(rows[:, None]) if groups is None else group_rows(rows, groups)
+    labels: NDArray[np.int64] | None = None
+    if values is not None:
+        number = {value: i for i, value in enumerate(sorted(set(values), key=lambda value: (str(type(value)), value)))}
+        numbers = [number[value] for value in values]
+        labels = np.array([_most_common([numbers[row] for row in unit]) for unit in units], dtype=np.int64)
+    return Units(units, np.array([len(unit) for unit in units], dtype=np.int64), labels)
+
+
+def _most_common(numbers: Sequence[int]) -> int:
+    if len(numbers) == 1:
+        return numbers[0]
+    counts = Counter(numbers)
+    return min(counts, key=lambda number: (-counts[number], number))
+
+
+def _rows_of_clients(units: Units, owners: NDArray[np.int64], num_clients: int) -> dict[str, Rows]:
+    order = np.argsort(owners, kind="stable")
+    shares = np.split(order, np.searchsorted(owners[order], np.arange(1, num_clients)))
+    return {
+        str(client): np.sort(np.concatenate([units.rows[unit] for unit in share]))
+        for client, share in enumerate(shares)
+    }
+
+
+def _draw_owners(
+    scheme: Scheme, units: Units, num_clients: int, concentration: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """(units,) the client number of each unit."""
+    shuffled = rng.permutation(len(units.sizes))
+    owners = np.empty(len(shuffled), dtype=np.int64)
+    if scheme == "quantity":
+        shares = rng.dirichlet(np.full(num_clients, concentration))
+        owners[shuffled] = _cut(units.sizes[shuffled], shares)
+    elif scheme == "iid" or units.labels is None:
+        owners[shuffled] = _cut(units.sizes[shuffled], np.full(num_clients, 1 / num_clients))
+    elif scheme == "shards":
+        by_label = shuffled[np.argsort(units.labels[shuffled], kind="stable")]
+        client_of_shard = rng.permutation(np.repeat(np.arange(num_clients), 2))
+        owners[by_label] = client_of_shard[_cut(units.sizes[by_label], np.full(2 * num_clients, 0.5 / num_clients))]
+    else:
+        for label in range(int(units.labels.max()) + 1):
+            members = shuffled[units.labels[shuffled] == label]
+            shares = rng.dirichlet(np.full(num_clients, concentration))
+            owners[members] = _cut(units.sizes[members], shares)
+    return owners
+
+
+def _cut(sizes: NDArray[np.int64], shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which consecutive share each unit falls into, by the middle of the rows it covers."""
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    bounds = np.cumsum(shares)[:-1] * total
+    return np.searchsorted(bounds, ends - sizes / 2, side="right")
