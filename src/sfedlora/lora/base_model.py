@@ -1,0 +1,230 @@
+"""Base models: a source string becomes a frozen model with its tokenizer.
+
+    hub id | directory | file.gguf | package:NAME/path  ->  BaseModel
+
+Only safetensors weights are read and no code of a checkpoint is run. Not here: where the files are (`checkpoint`),
+what happens to weights that a checkpoint lacks (`new_weights`), LoRA (`inject`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sfedlora.errors import ConfigError, ModelError
+from sfedlora.lora.checkpoint import find_checkpoint, quiet_transformers, stored_dtype
+from sfedlora.lora.new_weights import classification_head, draw_new_weights, name_new_modules, refuse_unusable
+
+__all__ = ["BaseModel", "Task", "load_base_model", "resolve_dtype"]
+
+Task = Literal["causal-lm", "sequence-classification"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base model.
+
+    Attributes:
+        model: in eval mode, on one device.
+        tokenizer: always with a padding token.
+        name_or_path: what stock `from_pretrained` loads the weights by: hub id or directory.
+        sha256: over the weight files in name order (for GGUF: of the file).
+        new_modules: modules that the checkpoint lacks, and the classification head in any case; they must be trained
+            and saved with the adapter (PEFT's `modules_to_save`).
+        dtype: of the weights: "float32", "bfloat16" or "float16".
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name_or_path: str
+    sha256: str
+    new_modules: tuple[str, ...]
+    dtype: str
+
+
+def load_base_model(
+    source: str,
+    *,
+    task: Task,
+    dtype: str = "auto",
+    device: str = "cpu",
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    seed: int = 0,
+) -> BaseModel:
+    """Load a base model for one task.
+
+    Args:
+        source: hub id, directory, `.gguf` file or `package:NAME/path`.
+        task: "causal-lm" or "sequence-classification".
+        dtype: "auto" (see `resolve_dtype`), "float32", "bfloat16" or "float16".
+        device: a torch device.
+        num_labels: classes of a classification; None takes the number of `label_names`, else the checkpoint's.
+        label_names: their names, in the order of their ids.
+        seed: weights that the checkpoint lacks are drawn from it.
+
+    Returns:
+        The model in eval mode, its tokenizer and where they came from.
+
+    Raises:
+        ModelError: files that are missing, broken, pickled or made for something else; a task that the architecture
+            does not have.
+        ConfigError: a dtype, device, task or number of labels that does not exist or does not fit.
+        InputError: a `package:` source that does not exist.
+    """
+    _check_request(task, device, num_labels, label_names)
+    checkpoint = find_checkpoint(source)
+    resolved = resolve_dtype(dtype, device=device, checkpoint_dtype=stored_dtype(checkpoint.weight_files))
+    config = _load_config(checkpoint.directory, source, _label_settings(task, num_labels, label_names))
+    if task == "causal-lm" and _is_encoder(config):
+        raise ModelError(f"{source}: architecture {config.model_type!r} reads in both directions; it has no {task!r}")
+    tokenizer = _load_tokenizer(checkpoint.directory, source)
+    model, missing, mismatched = _load_model(checkpoint.directory, config, task, resolved, source)
+    head = classification_head(model) if task == "sequence-classification" else None
+    refuse_unusable(model, missing, mismatched, head=head, source=source)
+    draw_new_weights(model, missing | mismatched, seed)
+    new_modules = name_new_modules(model, missing | mismatched, always=() if head is None else (head,))
+    _set_padding(model, tokenizer, source)
+    model = model.to(device).eval()
+    return BaseModel(model, tokenizer, checkpoint.name_or_path, checkpoint.sha256, new_modules, resolved)
+
+
+def resolve_dtype(dtype: str, *, device: str, checkpoint_dtype: str | None) -> str:
+    """The dtype that the base model is loaded in.
+
+    "auto" is the checkpoint's own dtype where the device computes it natively, else float32: bfloat16 needs oneDNN's
+    native support on a CPU (AVX512_BF16 or AMX) and compute capability 8 on CUDA; float16 on a CPU is float32.
+
+    Args:
+        dtype: "auto" or a name, which is returned as it is (float16 on a CPU excepted, which is refused).
+        device: a torch device.
+        checkpoint_dtype: dtype of the stored weights, None if unknown.
+
+    Returns:
+        "float32", "bfloat16" or "float16".
+
+    Raises:
+        ConfigError: an unknown dtype, or float16 on a CPU.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if dtype == "auto":
+        return checkpoint_dtype if checkpoint_dtype in _DTYPES and _is_native(checkpoint_dtype, device) else "float32"
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r}; expected auto, {', '.join(_DTYPES)}")
+    if dtype == "float16" and on_cpu:
+        raise ConfigError("dtype float16 on a CPU; use auto, float32 or bfloat16")
+    return dtype
+
+
+def _is_native(dtype: str, device: str) -> bool:
+    kind = torch.device(device).type
+    if dtype == "bfloat16" and kind == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == "bfloat16" and kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return dtype == "float32" or kind != "cpu"
+
+
+def _check_request(task: str, device: str, num_labels: int | None, label_names: Sequence[str] | None) -> None:
+    if task not in get_args(Task):
+        raise ConfigError(f"task {task!r}; expected one of {', '.join(get_args(Task))}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} does not exist; expected for example cpu or cuda:0") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: torch sees no CUDA device here")
+    if label_names is not None and num_labels is not None and len(label_names) != num_labels:
+        raise ConfigError(f"num_labels = {num_labels}, but {len(label_names)} label names")
+
+
+def _label_settings(task: Task, num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:
+    if task == "causal-lm":
+        return {}
+    settings: dict[str, Any] = {"problem_type": "single_label_classification"}
+    if label_names is not None:
+        settings["id2label"] = dict(enumerate(label_names))
+        settings["label2id"] = {name: number for number, name in enumerate(label_names)}
+    elif num_labels is not None:
+        settings["num_labels"] = num_labels
+    return settings
+
+
+def _load_config(directory: Path, source: str, settings: dict[str, Any]) -> Any:
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            config.update(settings)
+            return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{source}: config.json cannot be used: {_one_line(error)}") from error
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether a BERT-like configuration, which has the switch `is_decoder`, leaves it off."""
+    return config.to_dict().get("is_decoder") is False and not config.is_encoder_decoder
+
+
+def _load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerBase:
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for broken files
+        raise ModelError(f"{source}: no usable tokenizer in {directory}: {_one_line(error)}") from error
+
+
+def _load_model(
+    directory: Path, config: Any, task: Task, dtype: str, source: str
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """The model, the parameters that the checkpoint lacks, and those of another shape."""
+    auto_class = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            model, info = auto_class.from_pretrained(
+                directory,
+                config=config,
+                dtype=_DTYPES[dtype],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers raises errors of many kinds for files that do not fit
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(f"{source}: architecture {config.model_type!r} has no model for task {task!r}") from error
+        raise ModelError(f"{source}: the model could not be loaded: {_one_line(error)}") from error
+    parameters = {name for name, _ in model.named_parameters()}
+    return model, set(info["missing_keys"]) & parameters, {name for name, *_ in info["mismatched_keys"]} & parameters
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{source}: the tokenizer has neither a padding nor an end token; add one to its files")
+        tokenizer.pad_token = tokenizer.eos_token
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= num_embeddings:
+        raise ModelError(
+            f"{source}: padding token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, the model only "
+            f"{num_embeddings} embeddings; the tokenizer belongs to another model"
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
