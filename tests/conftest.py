@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's small products in the oracles
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
