@@ -70,16 +70,25 @@ class RunDirectory:
             ConfigError: the path is a file or a folder that is not empty.
             StorageError: it cannot be made.
         """
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            holds_run = (path / "config.yaml").is_file()
-            advice = f"go on with `sfedlora resume {path}` or choose another output" if holds_run else "choose another"
-            what = "another run" if holds_run else "other files"
-            raise ConfigError(f"output: {path} already holds {what}; {advice}")
+        cls.check_free(path)
         try:
             (path / "checkpoints").mkdir(parents=True)
         except OSError as error:
             raise StorageError(f"{path}: cannot be made ({error.strerror})") from None
         return cls(path)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a path that holds something already, before any model is loaded.
+
+        Raises:
+            ConfigError: the path is a file or a folder that is not empty.
+        """
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            holds_run = (path / "config.yaml").is_file()
+            advice = f"go on with `sfedlora resume {path}` or choose another output" if holds_run else "choose another"
+            what = "another run" if holds_run else "other files"
+            raise ConfigError(f"output: {path} already holds {what}; {advice}")
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:

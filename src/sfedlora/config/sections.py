@@ -88,7 +88,7 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         total = sum(self.split)
-        if abs(total - 1.0) > 1e-6:  # noqa: PLR2004
+        if abs(total - 1.0) > 1e-6:
             raise ValueError(f"split must add up to 1, got {list(self.split)} = {total:g}")
         known = ("prompt", "response", "text", "text_pair", "label")
         for role in self.columns:
@@ -166,7 +166,7 @@ class RoundsSection(Section):
     """Weight of a client in every average: its number of training examples, or the same for all."""
     server_optimizer: Literal["none"] = "none"
     """none: the server takes the average as it is. Nothing else in this version."""
-    proximal_mu: Literal[0.0] = 0.0
+    proximal_mu: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
     """FedProx term. Only 0 in this version."""
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from sfedlora.errors import ConfigError
 
-__all__ = ["Document", "dump_yaml", "parse_scalar", "read_yaml"]
+__all__ = ["Document", "dump_yaml", "parse_scalar", "read_yaml", "split_values"]
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
@@ -50,9 +50,14 @@ class _CoreDumper(yaml.SafeDumper):
 for _class in (_CoreLoader, _CoreDumper):
     for _tag, _pattern, _first in _CORE_SCHEMA:
         _class.add_implicit_resolver(_tag, _pattern, _first)
-_CoreLoader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
-)  # decimal only: 010 is ten, as in YAML 1.2
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """Decimal only: 010 is ten, as in YAML 1.2."""
+    return int(loader.construct_scalar(node))
+
+
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 @dataclass(frozen=True)
@@ -134,3 +139,21 @@ def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], name: st
             raise ConfigError(f"{name}, line {line}: {dotted} was already given on line {lines[dotted]}")
         lines[dotted] = line
         _collect_lines(value, dotted, lines, name, count)
+
+
+def split_values(text: str) -> list[str]:
+    """Split `v1,v2` at commas outside brackets and quotes: `[a,b],[c]` gives two values."""
+    values, depth, quote, current = [], 0, "", ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0 and not quote:
+            values.append(current.strip())
+            current = ""
+        else:
+            current += character
+    return [*values, current.strip()]

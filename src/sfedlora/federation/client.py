@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sfedlora.data.batches import plan_local_batches
-from sfedlora.data.encode import Batch, EncodedData, collate
+from sfedlora.data.encoded import Batch, EncodedData, collate
 from sfedlora.errors import ClientError
 from sfedlora.federation.objective import Task, batch_loss
 from sfedlora.lora.inject import ResidentModel
@@ -145,9 +145,7 @@ def train_client(
     tensors = resident.read(work.trained)
     finite = all(bool(torch.isfinite(resident.flat(part)).all()) for part in work.trained)
     _require_finite(finite, "a trained factor or its gradient", work, len(steps) - 1)
-    metrics = TrainMetrics(
-        loss_sum / label_count, norms.get(Part.A), norms.get(Part.B), tokens, padded, len(steps)
-    )
+    metrics = TrainMetrics(loss_sum / label_count, norms.get(Part.A), norms.get(Part.B), tokens, padded, len(steps))
     state = optimizer.state() if training.keep_optimizer_state else {}
     return ClientOutcome(work.client_id, work.round_num, len(work.indices), tensors, state, metrics)
 
@@ -169,9 +167,7 @@ def _step_gradients(
 
 def _require_finite(finite: bool, what: str, work: ClientWork, step: int) -> None:
     if not finite:
-        message = (
-            f"{what} became NaN or infinite at local step {step + 1}; lower local.learning_rate or set local.max_grad_norm"
-        )
+        message = f"{what} became NaN or infinite at local step {step + 1}; lower local.learning_rate or set local.max_grad_norm"
         raise ClientError(message, client_id=work.client_id, round_num=work.round_num, stage="training")
 
 

@@ -44,7 +44,9 @@ class InitialA:
     measured_clients: float | None
 
 
-def draw_a(layout: AdapterLayout, rank: int, *, seed: int, owner: str, variance_factor: float = 1.0) -> dict[str, Tensor]:
+def draw_a(
+    layout: AdapterLayout, rank: int, *, seed: int, owner: str, variance_factor: float = 1.0
+) -> dict[str, Tensor]:
     """One owner's draw of every A, (rank, in_features) each, float32.
 
     Args:

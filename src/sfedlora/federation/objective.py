@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sfedlora.data.encode import Batch
+from sfedlora.data.encoded import Batch
 
 __all__ = ["BatchLoss", "Task", "batch_loss"]
 
@@ -37,6 +37,8 @@ def batch_loss(model: PreTrainedModel, batch: Batch, task: Task, device: torch.d
     """Run the model on a batch and sum its cross-entropy in float32."""
     labels = batch.labels.to(device)
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    if batch.token_type_ids is not None:
+        inputs["token_type_ids"] = batch.token_type_ids.to(device)
     if task == "causal-lm":
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         targets = labels[:, 1:]

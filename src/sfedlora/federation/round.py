@@ -6,7 +6,6 @@ by not asking for the next event; nothing in here calls back.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from sfedlora.data.encode import EncodedData
+from sfedlora.data.encoded import EncodedData
 from sfedlora.errors import ClientError, RunError, UpdateError
 from sfedlora.federation.client import ClientOutcome, ClientWork
 from sfedlora.federation.evaluate import EvalResult, evaluate_examples, mean_results
@@ -39,7 +38,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-Split = Literal["validation", "test"]
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ def _run_round(
     clock = time.perf_counter()
     evaluated: dict[str, EvalResult] = {}
     if round_num % settings.evaluate_every == 0 or round_num == settings.num_rounds:
-        for client_id, count, result in evaluate_clients(federation, state, "validation", cohort):
-            evaluated[client_id] = result
+        for client_id, count, evaluation in evaluate_clients(federation, state, "validation", cohort):
+            evaluated[client_id] = evaluation
             yield ClientEvaluated(round_num, client_id, count)
     external = evaluate_external(federation, state, list(evaluated), "validation")
     eval_seconds = time.perf_counter() - clock

@@ -10,14 +10,12 @@ __all__ = ["Schedule", "learning_rate_at"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-def learning_rate_at(
-    round_num: int, *, peak: float, schedule: Schedule, warmup_rounds: int, num_rounds: int
-) -> float:
+def learning_rate_at(round_num: int, *, peak: float, schedule: Schedule, warmup_rounds: int, num_rounds: int) -> float:
     """Learning rate of one round; constant inside the round.
 
     Warmup: peak * round_num / warmup_rounds. After it, with p = rounds done since warmup / rounds left at its end:
-    constant: peak; linear: peak * (1 - p); cosine: peak * (1 + cos(pi p)) / 2. The first round after warmup has p = 0, so
-    the last round still learns.
+    constant: peak; linear: peak * (1 - p); cosine: peak * (1 + cos(pi p)) / 2. The first round after warmup has p = 0,
+    so the last round still learns.
 
     Args:
         round_num: from 1.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sfedlora.data.encode import EncodedData
+from sfedlora.data.encoded import EncodedData
 from sfedlora.data.partition import ClientSplit
 from sfedlora.federation.evaluate import EvalBatching
 from sfedlora.federation.initialize import Initialization, draw_a
@@ -99,7 +99,7 @@ def initial_state(federation: Federation) -> FederationState:
 
 
 def serving_adapter(federation: Federation, state: FederationState, client_id: str) -> dict[str, Tensor]:
-    """The complete adapter a client serves now: shared factors, its own personal ones, initial ones where it has none."""
+    """The complete adapter a client serves now: shared factors, and its own personal ones or the initial ones."""
     own = state.personal.get(client_id)
     if own is None and _keeps_own_a(federation):
         own = _own_draw(federation, client_id)

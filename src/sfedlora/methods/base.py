@@ -119,7 +119,7 @@ def aggregate(method: Method, state: ServerState, updates: Sequence[Update], *, 
 def mean_of_shared(state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
     """Replace every factor that was sent by its weighted mean; keep the others.
 
-        X = sum_k p_k X_k     for X in the sent parts
+    X = sum_k p_k X_k     for X in the sent parts
     """
     mean = weighted_mean((item.weight, item.tensors) for item in contributions)
     return replace(state, shared={name: mean.get(name, tensor) for name, tensor in state.shared.items()})

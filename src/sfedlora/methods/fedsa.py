@@ -1,7 +1,8 @@
 """FedSA-LoRA: share A, keep B.
 
 Pengxin Guo, Shuang Zeng, Yanran Wang, Huijie Fan, Feifei Wang, Liangqiong Qu. *Selective Aggregation for Low-Rank
-Adaptation in Federated Learning.* arXiv:2410.01463. SFed-LoRA (arXiv:2603.08058) is this method with the `sfed` scaling.
+Adaptation in Federated Learning.* arXiv:2410.01463. SFed-LoRA (arXiv:2603.08058) is this
+method with the `sfed` scaling.
 
     client   (A_k, B_k) <- K local steps from (A, own B_k)
     server   A = sum_k p_k A_k

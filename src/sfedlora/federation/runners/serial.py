@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from sfedlora.data.encode import EncodedData
+from sfedlora.data.encoded import EncodedData
 from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork, LocalTraining, train_client
 from sfedlora.federation.objective import Task

@@ -1,0 +1,188 @@
+"""Shows a run's events: progress bars on a terminal, plain lines otherwise; stops it when the user asks."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sfedlora.compare import CellStarted
+from sfedlora.errors import Interrupted, StorageError
+from sfedlora.experiment import RunEvent, RunPrepared, RunResult
+from sfedlora.federation.round import ClientEvaluated, ClientTrained, RoundFinished, RoundStarted
+
+__all__ = ["drive", "drive_all"]
+
+AnyEvent = RunEvent | CellStarted
+
+
+def drive(events: Iterator[RunEvent]) -> RunResult:
+    """Drive one run to its end and show it.
+
+    Raises:
+        Interrupted: the user pressed Ctrl-C; what was done is saved.
+    """
+    results = list(drive_all(events))
+    if not results:
+        raise StorageError("the run ended without a result")
+    return results[-1]
+
+
+def drive_all(events: Iterator[AnyEvent]) -> Iterator[RunResult]:
+    """Drive any number of runs; yield the result of each."""
+    console = Console(stderr=True)
+    view: _View = _BarView(console) if console.is_terminal else _LineView(console)
+    run_dir = ""
+    with view, _stop_request() as stop:
+        for event in events:
+            view.show(event)
+            if isinstance(event, RunPrepared):
+                run_dir = str(event.run_dir)
+            if isinstance(event, RunResult):
+                yield event
+            between_clients = isinstance(event, ClientTrained | ClientEvaluated | RoundFinished)
+            if stop.requested and between_clients:
+                message = f"stopped; everything up to here is saved. Go on with: sfedlora resume {run_dir}"
+                cast("Generator[Any, Any, Any]", events).throw(Interrupted(message))
+
+
+class _StopFlag:
+    """Set by the first Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+@contextmanager
+def _stop_request() -> Iterator[_StopFlag]:
+    """The first Ctrl-C asks to stop after the client in hand; the second one stops at once."""
+    flag = _StopFlag()
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        del frame
+        if flag.requested:
+            raise KeyboardInterrupt
+        flag.requested = True
+        Console(stderr=True).print(f"stopping after the client in hand (signal {signum}); again to stop at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _View(Protocol):
+    def __enter__(self) -> object: ...
+    def __exit__(self, *args: object) -> None: ...
+    def show(self, event: AnyEvent) -> None: ...
+
+
+def _describe(event: RoundFinished) -> str:
+    record = event.record
+    parts = [f"train loss {record['train_loss']:.4f}"]
+    if record["eval_loss"] is not None:
+        parts.append(f"validation loss {record['eval_loss']:.4f}")
+    for name in ("perplexity", "accuracy"):
+        if name in record:
+            parts.append(f"{name} {record[name]:.4g}")
+    if record["grad_norm_b"] is not None:
+        parts.append(f"|grad B| {record['grad_norm_b']:.3g}")
+    if record["excluded"]:
+        parts.append(f"excluded {', '.join(record['excluded'])}")
+    return ", ".join(parts)
+
+
+def _describe_start(event: RunPrepared) -> list[str]:
+    prepared = event.prepared
+    config, federation = prepared.config, prepared.federation
+    lines = [
+        f"{config.model.source}: {prepared.base.dtype}, {config.device}, {config.threads} threads",
+        f"{len(federation.splits)} clients, method {config.method.name}, rank {config.lora.rank}, scaling "
+        f"{config.lora.scaling} with gamma {federation.scaling:.4g}, init {config.lora.init}, "
+        f"effective clients {federation.effective_clients:.4g}",
+    ]
+    if prepared.base.new_modules:
+        lines.append(f"trained in full and saved with the adapter: {', '.join(prepared.base.new_modules)}")
+    return lines
+
+
+class _LineView:
+    """One line per round."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._num_rounds = 0
+
+    def __enter__(self) -> _LineView:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        del args
+
+    def show(self, event: AnyEvent) -> None:
+        if isinstance(event, CellStarted):
+            state = "finished before, skipped" if event.skipped else "running"
+            self._say(f"cell {event.index + 1}/{event.num_cells}: {event.cell.name} ({state})")
+        elif isinstance(event, RunPrepared):
+            self._num_rounds = event.prepared.config.rounds.num_rounds
+            for line in _describe_start(event):
+                self._say(line)
+        elif isinstance(event, ClientTrained) and event.error is not None:
+            self._say(f"excluded: {event.error}")
+        elif isinstance(event, RoundFinished):
+            self._say(f"round {event.record['round_num']}/{self._num_rounds}: {_describe(event)}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _BarView:
+    """Bars for rounds, clients of the round, and evaluation; finished rounds as lines above them."""
+
+    def __init__(self, console: Console) -> None:
+        self._lines = _LineView(console)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        self._rounds: TaskID | None = None
+        self._clients: TaskID | None = None
+        self._evaluation: TaskID | None = None
+
+    def __enter__(self) -> _BarView:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        del args
+        self._progress.stop()
+
+    def show(self, event: AnyEvent) -> None:
+        self._lines.show(event)
+        if isinstance(event, RunPrepared):
+            self._begin(event)
+        elif self._rounds is None or self._clients is None or self._evaluation is None:
+            return
+        elif isinstance(event, RoundStarted):
+            self._progress.reset(self._clients, total=len(event.cohort))
+            self._progress.reset(self._evaluation, total=None)
+        elif isinstance(event, ClientTrained):
+            self._progress.advance(self._clients)
+        elif isinstance(event, ClientEvaluated):
+            self._progress.update(self._evaluation, total=event.num_evaluated)
+            self._progress.advance(self._evaluation)
+        elif isinstance(event, RoundFinished):
+            self._progress.advance(self._rounds)
+
+    def _begin(self, event: RunPrepared) -> None:
+        for task in list(self._progress.task_ids):
+            self._progress.remove_task(task)
+        total = event.prepared.config.rounds.num_rounds
+        self._rounds = self._progress.add_task("rounds", total=total, completed=event.first_round - 1)
+        self._clients = self._progress.add_task("clients", total=None)
+        self._evaluation = self._progress.add_task("evaluation", total=None)

@@ -1,0 +1,19 @@
+"""`sfedlora resume`: go on after a stop or a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sfedlora.cli.progress import drive
+from sfedlora.cli.tables import print_run
+from sfedlora.experiment import resume_events
+
+__all__ = ["resume"]
+
+
+def resume(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Go on after the last complete round, to the same bits as an uninterrupted run."""
+    print_run(drive(resume_events(run_dir)))

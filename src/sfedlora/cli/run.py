@@ -1,0 +1,25 @@
+"""`sfedlora run`: one federation on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sfedlora.cli.progress import drive
+from sfedlora.cli.tables import print_run
+from sfedlora.config import RunConfig
+from sfedlora.experiment import run_events
+
+__all__ = ["run"]
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
+    ] = None,
+) -> None:
+    """Run one federation. Ctrl-C stops after the client in hand; `sfedlora resume` goes on."""
+    print_run(drive(run_events(RunConfig.load(config, overrides or []))))

@@ -1,0 +1,284 @@
+"""One run from configuration to artefacts, as a generator of events, and what can be done with a finished one.
+
+    result = run(RunConfig.load("run.yaml", ["lora.rank=128"]))
+
+`run` and `resume` drive `run_events` to its end. A command line drives it itself to show progress; it throws
+`Interrupted` into the generator to stop after the client in hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfedlora.artifacts import Checkpoint, RunDirectory
+from sfedlora.config import RunConfig
+from sfedlora.errors import DataError, InputError, Interrupted, StorageError
+from sfedlora.federation.client import ClientOutcome
+from sfedlora.federation.evaluate import EvalResult, mean_results
+from sfedlora.federation.round import (
+    ClientEvaluated,
+    ClientTrained,
+    Event,
+    RoundFinished,
+    Split,
+    evaluate_clients,
+    evaluate_external,
+    run_rounds,
+)
+from sfedlora.federation.sampling import sample_cohort
+from sfedlora.federation.state import Federation, FederationState, initial_state, serving_adapter
+from sfedlora.lora.peft_format import save_adapter
+from sfedlora.setup import Prepared, prepare
+from sfedlora.types import Tensors
+
+__all__ = [
+    "RunEvent",
+    "RunPrepared",
+    "RunResult",
+    "load_state",
+    "resume",
+    "resume_events",
+    "run",
+    "run_events",
+    "write_adapter",
+]
+
+
+@dataclass(frozen=True)
+class RunPrepared:
+    """Model and data are loaded and the run directory exists; rounds begin."""
+
+    prepared: Prepared
+    run_dir: Path
+    first_round: int
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        run_dir: the run directory.
+        summary: content of summary.json.
+        metrics: the lines of metrics.jsonl.
+    """
+
+    run_dir: Path
+    summary: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+
+    def adapter(self, client_id: str | None = None) -> Path:
+        """The PEFT directory of a client's adapter, or of the shared part; give it to `PeftModel.from_pretrained`.
+
+        Raises:
+            InputError: the client did not take part.
+        """
+        path = RunDirectory(self.run_dir).adapter_path(client_id)
+        if not path.is_dir():
+            there = RunDirectory(self.run_dir).partition()["clients"]
+            raise InputError(f"no adapter of client {client_id!r}; clients are {', '.join(there)}")
+        return path
+
+
+RunEvent = RunPrepared | Event | RunResult
+
+
+def run(config: RunConfig) -> RunResult:
+    """Run a federation from its first round.
+
+    Raises:
+        InputError: the configuration, data or model cannot be used.
+        RunError: the run failed on the way; it can be resumed.
+    """
+    return _last(run_events(config))
+
+
+def resume(run_dir: str | Path) -> RunResult:
+    """Go on after the last complete round; the result has the bits of an uninterrupted run.
+
+    Raises:
+        InputError: no run directory, or data or model have changed since.
+    """
+    return _last(resume_events(Path(run_dir)))
+
+
+def run_events(config: RunConfig) -> Iterator[RunEvent]:
+    """The events of a new run, ending with its `RunResult`."""
+    output = Path(config.output)
+    RunDirectory.check_free(output)
+    prepared = prepare(config)
+    directory = RunDirectory.create(output)
+    directory.write_setup(prepared.config, prepared.environment, prepared.partition)
+    yield RunPrepared(prepared, output, 1)
+    state = initial_state(prepared.federation)
+    progress: dict[str, Any] = {"best_round": None, "best_loss": None}
+    progress["initial"] = yield from _evaluate_both(prepared.federation, state)
+    directory.save_checkpoint(Checkpoint(state, progress), changed=(), best_round=0)
+    yield from _drive(directory, prepared, state, progress, {})
+
+
+def resume_events(run_dir: Path) -> Iterator[RunEvent]:
+    """The events of a run that goes on, ending with its `RunResult`."""
+    directory = RunDirectory.open(run_dir)
+    if directory.summary():
+        yield RunResult(run_dir, directory.summary(), tuple(directory.metrics()))
+        return
+    config = _with_output(directory.config(), run_dir)
+    prepared = prepare(config)
+    _require_same(directory, prepared)
+    rounds = directory.rounds_kept()
+    if rounds:
+        checkpoint = directory.load_checkpoint(rounds[-1])
+        state, progress = checkpoint.state, dict(checkpoint.progress)
+        finished = directory.load_partial(rounds[-1] + 1)
+    else:
+        state, finished = initial_state(prepared.federation), {}
+        progress = {"best_round": None, "best_loss": None}
+    yield RunPrepared(prepared, run_dir, state.server.round_num + 1)
+    if not rounds:
+        progress["initial"] = yield from _evaluate_both(prepared.federation, state)
+        directory.save_checkpoint(Checkpoint(state, progress), changed=(), best_round=0)
+    directory.drop_metrics_after(state.server.round_num)
+    yield from _drive(directory, prepared, state, progress, finished)
+
+
+def load_state(run_dir: Path, round_num: int | None = None) -> tuple[Prepared, FederationState]:
+    """Rebuild a run's federation and the state after one of its kept rounds (None: the last).
+
+    Raises:
+        InputError: no run directory, a round without checkpoint, or data or model have changed since.
+    """
+    directory = RunDirectory.open(run_dir)
+    rounds = directory.rounds_kept()
+    chosen = round_num if round_num is not None else (rounds[-1] if rounds else None)
+    if chosen not in rounds or chosen is None:
+        raise InputError(f"{run_dir}: no checkpoint of round {chosen}; kept are rounds {rounds}")
+    prepared = prepare(_with_output(directory.config(), run_dir))
+    _require_same(directory, prepared)
+    return prepared, directory.load_checkpoint(chosen).state
+
+
+def _with_output(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The configuration with its run directory where it lies now: a run may be moved."""
+    return config.with_values({"output": str(run_dir)})
+
+
+def write_adapter(prepared: Prepared, tensors: Tensors, directory: Path) -> None:
+    """Write a complete adapter as a stock PEFT directory."""
+    config = prepared.config
+    save_adapter(
+        directory,
+        tensors,
+        layout=prepared.federation.resident.layout,
+        rule=config.lora.scaling,
+        alpha=config.lora.alpha,
+        rank=config.lora.rank,
+        num_clients=prepared.scaling_clients,
+        dropout=config.lora.dropout,
+        task=config.model.task,
+        base_model_name=prepared.base.name_or_path,
+    )
+
+
+def _drive(
+    directory: RunDirectory,
+    prepared: Prepared,
+    state: FederationState,
+    progress: dict[str, Any],
+    finished: Mapping[str, ClientOutcome],
+) -> Iterator[RunEvent]:
+    outcomes: dict[str, ClientOutcome] = {}
+    try:
+        for event in run_rounds(prepared.federation, state, finished):
+            if isinstance(event, ClientTrained) and event.outcome is not None:
+                outcomes[event.client_id] = event.outcome
+            if isinstance(event, RoundFinished):
+                state = event.state
+                progress = _store_round(directory, event, tuple(outcomes), progress)
+                outcomes = {}
+            yield event
+    except Interrupted:
+        directory.save_partial(outcomes)
+        raise
+    yield from _finish(directory, prepared, state, progress)
+
+
+def _store_round(
+    directory: RunDirectory, event: RoundFinished, changed: tuple[str, ...], progress: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Store a round: its metrics line first, so that a checkpoint never lacks its line."""
+    loss = event.record["eval_loss"]
+    updated = dict(progress)
+    if loss is not None and (updated["best_loss"] is None or loss < updated["best_loss"]):
+        updated |= {"best_round": event.record["round_num"], "best_loss": loss}
+    directory.append_metrics(event.record)
+    directory.save_checkpoint(Checkpoint(event.state, updated), changed=changed, best_round=updated["best_round"])
+    return updated
+
+
+def _finish(
+    directory: RunDirectory, prepared: Prepared, state: FederationState, progress: Mapping[str, Any]
+) -> Iterator[RunEvent]:
+    """Write the adapters, evaluate last and best round on test, write the summary."""
+    federation = prepared.federation
+    write_adapter(prepared, {**federation.initial, **state.server.shared}, directory.adapter_path(None))
+    for client_id in sorted(state.personal):
+        write_adapter(prepared, serving_adapter(federation, state, client_id), directory.adapter_path(client_id))
+    last = yield from _evaluate_both(federation, state)
+    last_round, best_round = state.server.round_num, progress["best_round"]
+    if best_round is None or best_round == last_round:
+        best = last
+    else:
+        best = yield from _evaluate_both(federation, directory.load_checkpoint(best_round).state)
+    summary = {
+        "initial": progress["initial"],
+        "last": {"round_num": last_round, **last},
+        "best": {"round_num": last_round if best_round is None else best_round, **best},
+    }
+    directory.write_summary(summary)
+    yield RunResult(directory.path, directory.summary(), tuple(directory.metrics()))
+
+
+def _evaluate_both(federation: Federation, state: FederationState) -> Generator[ClientEvaluated, None, dict[str, Any]]:
+    validation = yield from _evaluate_split(federation, state, "validation")
+    test = yield from _evaluate_split(federation, state, "test")
+    return {"validation": validation, "test": test}
+
+
+def _evaluate_split(
+    federation: Federation, state: FederationState, split: Split
+) -> Generator[ClientEvaluated, None, dict[str, Any]]:
+    results: dict[str, EvalResult] = {}
+    cohort = sample_cohort(
+        list(federation.participants),
+        federation.rounds.cohort_size,
+        seed=federation.seed,
+        round_num=max(1, state.server.round_num),
+    )
+    for client_id, count, result in evaluate_clients(federation, state, split, cohort):
+        results[client_id] = result
+        yield ClientEvaluated(state.server.round_num, client_id, count)
+    means = {
+        "weighted": mean_results(results, weighted=True),
+        "unweighted": mean_results(results, weighted=False),
+    }
+    return means | evaluate_external(federation, state, list(results), split)
+
+
+def _require_same(directory: RunDirectory, prepared: Prepared) -> None:
+    """Refuse to go on with other data or another base model than the run began with."""
+    if directory.partition()["source_sha256"] != prepared.partition["source_sha256"]:
+        raise DataError(f"data.source: {prepared.config.data.source} has changed since the run began; put it back")
+    before = directory.environment()["base_model"]["sha256"]
+    if before != prepared.environment["base_model"]["sha256"]:
+        raise DataError(f"model.source: {prepared.config.model.source} has other weights than when the run began")
+
+
+def _last(events: Iterator[RunEvent]) -> RunResult:
+    for event in events:
+        if isinstance(event, RunResult):
+            return event
+    raise StorageError("the run ended without a result")
