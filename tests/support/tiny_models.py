@@ -6,7 +6,12 @@ that a base which is not in eval mode shows.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -18,6 +23,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     RobertaConfig,
@@ -28,6 +34,7 @@ from transformers import (
 
 __all__ = [
     "VOCAB_SIZE",
+    "save_tiny_checkpoint",
     "tiny_bert_classifier",
     "tiny_gpt2",
     "tiny_llama",
@@ -36,9 +43,12 @@ __all__ = [
     "tiny_qwen2",
     "tiny_roberta_classifier",
     "tiny_t5_encoder",
+    "tiny_tokenizer",
 ]
 
 VOCAB_SIZE = 67
+_UNKNOWN = {"unk_token": "w3"}
+_EDGES = {"bos_token": "<s>", "eos_token": "</s>"}
 _LLAMA_SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 24,
@@ -119,6 +129,22 @@ def tiny_t5_encoder(seed: int = 0) -> PreTrainedModel:
         vocab_size=VOCAB_SIZE, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=2
     )
     return _build(T5EncoderModel, config, seed)
+
+
+def tiny_tokenizer(*, pad_token: str | None = None) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of `VOCAB_SIZE` words `w3`, `w4`, ...; without a padding token unless one is named."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, VOCAB_SIZE))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, **_UNKNOWN))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad_token, **_UNKNOWN, **_EDGES)
+
+
+def save_tiny_checkpoint(model: PreTrainedModel, directory: Path, *, pad_token: str | None = None) -> Path:
+    """Model and tokenizer as a checkpoint directory."""
+    model.save_pretrained(directory)
+    tiny_tokenizer(pad_token=pad_token).save_pretrained(directory)
+    return directory
 
 
 def _build(model_class: type[PreTrainedModel], config: object, seed: int) -> PreTrainedModel:

@@ -66,7 +66,7 @@ def adapt(
     targets = find_targets(model, target_modules, head_paths=head_paths)
     _warn_about_rank(rank, targets)
     suffixes = minimal_suffixes(model, targets)
-    model.requires_grad_(False).eval()
+    model.requires_grad_(False)
     model.config.use_cache = False
     state = DropoutState()
     layers = {target.path: _wrap(model, target, rank, dropout, state) for target in targets}
@@ -74,6 +74,7 @@ def adapt(
     if head_paths:
         _seed_head_dropout(model, state)
         _cast_around_head(model, head_paths)
+    model.eval()
     layout = AdapterLayout(targets, {path: tuple(p.shape) for path, p in head.items()}, tuple(head_modules))
     return ResidentModel(model, layout, rank, layers=layers, dropout=state, target_suffixes=suffixes, device=device)
 

@@ -1,0 +1,402 @@
+"""The resident model: flat buffers that the model, its gradients and an optimizer share."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sfedlora.errors import AdapterError, ConfigError, ModelError
+from sfedlora.lora.inject import ResidentModel, adapt
+from sfedlora.lora.layer import LoraLinear, SeededDropout, seeded_dropout
+from sfedlora.types import Part
+from support.tiny_models import (
+    VOCAB_SIZE,
+    tiny_bert_classifier,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_llama_classifier,
+    tiny_opt,
+    tiny_roberta_classifier,
+)
+
+IDS = torch.randint(3, VOCAB_SIZE, (3, 9), generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 2, 1])
+
+
+def llama(rank: int = 4, dropout: float = 0.0) -> ResidentModel:
+    resident = adapt(tiny_llama(), target_modules="default", rank=rank, dropout=dropout)
+    resident.scaling = 0.8
+    return resident
+
+
+def bert(dropout: float = 0.0) -> ResidentModel:
+    return adapt(
+        tiny_bert_classifier(), target_modules="default", rank=4, dropout=dropout, head_modules=["pooler", "classifier"]
+    )
+
+
+def random_factors(resident: ResidentModel, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(s, generator=generator) * 0.2 for n, s in resident.layout.shapes(resident.rank).items()}
+
+
+def loss_of(resident: ResidentModel) -> Tensor:
+    loss: Tensor = resident.model(input_ids=IDS, labels=LABELS if resident.layout.head else IDS).loss
+    return loss
+
+
+def test_an_untrained_adapter_changes_nothing() -> None:
+    plain = tiny_llama()(input_ids=IDS).logits
+    assert llama().model(input_ids=IDS).logits.equal(plain)
+
+
+def test_layout_and_initial_values() -> None:
+    resident = bert()
+    model = tiny_bert_classifier()
+    assert [target.path for target in resident.layout.targets] == [
+        f"bert.encoder.layer.{layer}.attention.self.{name}" for layer in (0, 1) for name in ("query", "value")
+    ]
+    assert resident.layout.head == {
+        "bert.pooler.dense.weight": (24, 24),
+        "bert.pooler.dense.bias": (24,),
+        "classifier.weight": (3, 24),
+        "classifier.bias": (3,),
+    }
+    assert resident.layout.head_modules == ("pooler", "classifier")
+    assert resident.target_suffixes == ("query", "value")
+    values = resident.read()
+    assert list(values) == list(resident.layout.shapes(4))
+    for name, value in values.items():
+        expected = model.get_parameter(name.split(":")[1]) if name.startswith("head:") else torch.zeros(value.shape)
+        assert value.equal(expected), name
+
+
+def test_read_returns_what_load_was_given() -> None:
+    resident = bert()
+    factors = random_factors(resident)
+    resident.load(factors)
+    values = resident.read()
+    assert all(values[name].equal(factors[name]) for name in factors)
+    changed = {"b:bert.encoder.layer.1.attention.self.value": torch.ones(24, 4)}
+    resident.load(changed)
+    expected = factors | changed
+    after = resident.read()
+    assert all(after[name].equal(expected[name]) for name in expected)
+    only_b = resident.read([Part.B])
+    assert list(only_b) == [name for name in factors if name.startswith("b:")]
+
+
+def test_what_read_returned_is_a_copy() -> None:
+    resident = llama()
+    resident.load(random_factors(resident))
+    before = resident.read()
+    kept = {name: value.clone() for name, value in before.items()}
+    resident.load(random_factors(resident, seed=1))
+    assert all(before[name].equal(kept[name]) for name in kept)
+    before["a:model.layers.0.self_attn.q_proj"].fill_(7)
+    assert not (resident.flat(Part.A) == 7).any()
+
+
+def test_flat_buffers_are_the_parameters() -> None:
+    resident = bert()
+    factors = random_factors(resident)
+    resident.load(factors)
+    for part in Part:
+        names = resident.layout.shapes(4, [part])
+        assert resident.flat(part).equal(torch.cat([factors[name].flatten() for name in names]))
+    resident.flat(Part.HEAD).fill_(0.5)
+    assert (resident.model.classifier.weight == 0.5).all()
+    resident.flat(Part.B).zero_()
+    assert all((layer.b == 0).all() for layer in resident.model.modules() if isinstance(layer, LoraLinear))
+
+
+def test_backward_adds_to_the_flat_gradients_in_place() -> None:
+    resident = bert()
+    resident.load(random_factors(resident))
+    pointers = {part: resident.flat_grad(part).data_ptr() for part in Part}
+    loss_of(resident).backward()
+    once = {part: resident.flat_grad(part).clone() for part in Part}
+    loss_of(resident).backward()
+    for part in Part:
+        assert once[part].abs().max() > 0
+        torch.testing.assert_close(resident.flat_grad(part), 2 * once[part], rtol=0, atol=0)
+        assert resident.flat_grad(part).data_ptr() == pointers[part]
+    by_name = torch.cat([layer.a.grad.flatten() for layer in resident.model.modules() if isinstance(layer, LoraLinear)])
+    assert resident.flat_grad(Part.A).equal(2 * once[Part.A])
+    assert by_name.equal(resident.flat_grad(Part.A))
+    resident.zero_grad()
+    assert all((resident.flat_grad(part) == 0).all() for part in Part)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_on_flat_tensors_equals_one_on_every_parameter(optimizer: type[torch.optim.Optimizer]) -> None:
+    flat, single = bert(), bert()
+    for resident in (flat, single):
+        resident.load(random_factors(resident))
+    on_flat = optimizer([flat.flat(part) for part in Part], lr=0.01)  # type: ignore[call-arg]
+    on_single = optimizer([p for p in single.model.parameters() if p.requires_grad], lr=0.01)  # type: ignore[call-arg]
+    for _ in range(3):
+        for resident, opt in ((flat, on_flat), (single, on_single)):
+            resident.zero_grad()
+            loss_of(resident).backward()
+            opt.step()
+    moved = flat.read()
+    expected = single.read()
+    start = random_factors(flat)
+    for name in moved:
+        torch.testing.assert_close(moved[name], expected[name], rtol=1e-6, atol=1e-7)
+        assert not moved[name].equal(start[name])
+
+
+def test_only_the_trained_parts_get_gradients() -> None:
+    resident = bert()
+    resident.load(random_factors(resident))
+    loss_of(resident).backward()
+    resident.set_trained([Part.B])
+    assert (resident.flat_grad(Part.A) == 0).all()
+    assert (resident.flat_grad(Part.HEAD) == 0).all()
+    resident.zero_grad()
+    loss_of(resident).backward()
+    assert resident.flat_grad(Part.B).abs().max() > 0
+    assert (resident.flat_grad(Part.A) == 0).all()
+    assert (resident.flat_grad(Part.HEAD) == 0).all()
+    resident.set_trained([Part.A, Part.HEAD])
+    resident.zero_grad()
+    loss_of(resident).backward()
+    assert (resident.flat_grad(Part.B) == 0).all()
+    assert resident.flat_grad(Part.A).abs().max() > 0
+
+
+def test_the_base_never_changes_or_learns() -> None:
+    resident = bert(dropout=0.1)
+    trained = {id(parameter) for parameter in resident.model.parameters() if parameter.requires_grad}
+    assert len(trained) == len(resident.layout.shapes(4))
+    assert not any(module.training for module in resident.model.modules())
+    resident.dropout.seeds = (1,)
+    loss_of(resident).backward()
+    frozen = [parameter for parameter in resident.model.parameters() if id(parameter) not in trained]
+    assert frozen
+    assert all(parameter.grad is None for parameter in frozen)
+
+
+def test_a_part_that_does_not_exist_is_empty() -> None:
+    resident = llama()
+    assert resident.flat(Part.HEAD).shape == (0,)
+    assert resident.flat_grad(Part.HEAD).shape == (0,)
+    assert resident.read([Part.HEAD]) == {}
+    resident.set_trained([Part.A, Part.HEAD])
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (
+            {"a:model.layers.9.self_attn.q_proj": torch.zeros(4, 24)},
+            "a:model.layers.9.self_attn.q_proj: the adapted model",
+        ),
+        (
+            {"a:model.layers.0.self_attn.q_proj": torch.zeros(5, 24)},
+            r"q_proj: shape \(5, 24\); expected \(4, 24\) \(rank 4\)",
+        ),
+        ({"a:model.layers.0.self_attn.q_proj": torch.zeros(4, 24).long()}, "q_proj: dtype torch.int64"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused_and_nothing_is_copied(factors: dict[str, Tensor], message: str) -> None:
+    resident = llama()
+    good = {"b:model.layers.0.self_attn.q_proj": torch.ones(24, 4)}
+    with pytest.raises(AdapterError, match=message):
+        resident.load(good | factors)
+    assert (resident.flat(Part.B) == 0).all()
+
+
+def test_other_float_dtypes_are_cast() -> None:
+    resident = llama()
+    name = "a:model.layers.0.self_attn.q_proj"
+    resident.load({name: torch.full((4, 24), 1.5, dtype=torch.bfloat16)})
+    assert resident.read([Part.A])[name].equal(torch.full((4, 24), 1.5))
+
+
+def test_scaling_reaches_every_layer() -> None:
+    resident = llama()
+    resident.load(random_factors(resident))
+    one = resident.model(input_ids=IDS).logits
+    resident.scaling = 0.0
+    assert resident.scaling == 0.0
+    assert resident.model(input_ids=IDS).logits.equal(tiny_llama()(input_ids=IDS).logits)
+    resident.scaling = 0.8
+    assert resident.model(input_ids=IDS).logits.equal(one)
+
+
+def test_resize_gives_new_buffers_and_keeps_the_rest() -> None:
+    resident = bert()
+    head = random_factors(resident)
+    resident.load(head)
+    resident.set_trained([Part.B])
+    flat = resident.flat(Part.A)
+    resident.resize(4)
+    assert resident.flat(Part.A) is flat
+    resident.resize(2)
+    assert resident.rank == 2
+    values = resident.read()
+    assert {name: tuple(value.shape) for name, value in values.items()} == resident.layout.shapes(2)
+    assert all((value == 0).all() for name, value in values.items() if not name.startswith("head:"))
+    assert all(values[name].equal(head[name]) for name in values if name.startswith("head:"))
+    resident.load(random_factors(resident))
+    loss_of(resident).backward()
+    assert resident.flat_grad(Part.B).abs().max() > 0
+    assert (resident.flat_grad(Part.A) == 0).all()
+    with pytest.raises(ConfigError, match="rank = 0"):
+        resident.resize(0)
+
+
+@pytest.mark.parametrize(("rank", "dropout", "message"), [(0, 0.0, "rank = 0"), (2, 1.0, "dropout = 1.0")])
+def test_settings_outside_their_range_are_refused(rank: int, dropout: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adapt(tiny_llama(), target_modules="default", rank=rank, dropout=dropout)
+
+
+def test_a_rank_above_the_layer_warns_once_and_works() -> None:
+    with pytest.warns(UserWarning, match=r"rank 40 is above .* = 12 of model.layers.0.self_attn.v_proj") as caught:
+        resident = adapt(tiny_llama(), target_modules="default", rank=40)
+    assert len(caught) == 1
+    resident.load(random_factors(resident))
+    loss_of(resident).backward()
+    assert resident.flat_grad(Part.A).abs().max() > 0
+
+
+def test_a_removed_gradient_buffer_is_reported() -> None:
+    resident = llama()
+    resident.flat(Part.A).grad = None
+    with pytest.raises(ModelError, match="part 'a' was removed"):
+        resident.flat_grad(Part.A)
+
+
+def test_dropout_is_off_until_seeds_are_set_and_never_uses_the_global_generator() -> None:
+    resident = bert(dropout=0.3)
+    resident.load(random_factors(resident))
+    quiet = resident.model(input_ids=IDS).logits
+    state = torch.get_rng_state()
+    assert resident.model(input_ids=IDS).logits.equal(quiet)
+    resident.dropout.seeds = (5,)
+    drawn = resident.model(input_ids=IDS).logits
+    assert not drawn.equal(quiet)
+    assert resident.model(input_ids=IDS).logits.equal(drawn)
+    resident.dropout.seeds = (6,)
+    assert not resident.model(input_ids=IDS).logits.equal(drawn)
+    assert torch.get_rng_state().equal(state)
+    resident.dropout.seeds = None
+    assert resident.model(input_ids=IDS).logits.equal(quiet)
+
+
+def test_head_dropout_acts_on_the_head_only() -> None:
+    resident = bert(dropout=0.0)
+    replaced = [path for path, module in resident.model.named_modules() if isinstance(module, SeededDropout)]
+    assert replaced == ["dropout"]
+    assert resident.model.dropout.p == pytest.approx(0.1)
+    pooled = resident.model.bert(input_ids=IDS).pooler_output
+    resident.dropout.seeds = (5,)
+    expected = resident.model.classifier(seeded_dropout(pooled, 0.1, (5,), "dropout"))
+    assert resident.model(input_ids=IDS).logits.equal(expected)
+    roberta = adapt(tiny_roberta_classifier(), target_modules="default", rank=2, head_modules=["classifier"])
+    assert [p for p, m in roberta.model.named_modules() if isinstance(m, SeededDropout)] == ["classifier.dropout"]
+    headless = adapt(tiny_bert_classifier(), target_modules="default", rank=2)
+    assert not any(isinstance(module, SeededDropout) for module in headless.model.modules())
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_opt])
+def test_gradient_checkpointing_gives_the_same_gradients_and_recomputes(build: type) -> None:
+    def gradients(*, checkpointing: bool) -> tuple[Tensor, Tensor, int]:
+        resident = adapt(build(), target_modules="default", rank=4, dropout=0.2)
+        resident.load(random_factors(resident))
+        resident.dropout.seeds = (3,)
+        if checkpointing:
+            resident.enable_gradient_checkpointing()
+            resident.enable_gradient_checkpointing()
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        first = next(module for module in resident.model.modules() if isinstance(module, LoraLinear))
+        first.register_forward_hook(count)
+        loss_of(resident).backward()
+        with torch.no_grad():
+            loss_of(resident)
+        return resident.flat_grad(Part.A), resident.flat_grad(Part.B), calls
+
+    plain, recomputed = gradients(checkpointing=False), gradients(checkpointing=True)
+    assert plain[2] == 2
+    assert recomputed[2] == 3
+    assert recomputed[0].equal(plain[0])
+    assert recomputed[1].equal(plain[1])
+    assert plain[0].abs().max() > 0
+
+
+def test_models_without_such_layers_refuse_gradient_checkpointing() -> None:
+    resident = llama()
+    resident.model.model.layers = nn.ModuleList()
+    with pytest.raises(ModelError, match="no layers that support gradient checkpointing"):
+        resident.enable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("build", [tiny_bert_classifier, tiny_roberta_classifier, tiny_llama_classifier])
+def test_a_float32_head_on_a_bfloat16_encoder(build: type) -> None:
+    heads = {tiny_bert_classifier: ["pooler", "classifier"], tiny_llama_classifier: ["score"]}.get(
+        build, ["classifier"]
+    )
+    low = adapt(build().to(torch.bfloat16), target_modules="default", rank=4, head_modules=heads)
+    high = adapt(build(), target_modules="default", rank=4, head_modules=heads)
+    factors = random_factors(high)
+    for resident in (low, high):
+        resident.load(factors)
+        resident.dropout.seeds = (4,)
+        loss_of(resident).backward()
+    assert low.model.dtype == torch.bfloat16
+    assert low.model(input_ids=IDS).logits.dtype == torch.float32
+    torch.testing.assert_close(low.model(input_ids=IDS).logits, high.model(input_ids=IDS).logits, rtol=0.05, atol=0.05)
+    for part in Part:
+        cosine = torch.cosine_similarity(low.flat_grad(part), high.flat_grad(part), dim=0)
+        assert cosine > 0.99
+
+
+def test_generation_works_with_the_cache_off_in_training() -> None:
+    resident = llama()
+    assert resident.model(input_ids=IDS).past_key_values is None
+    tokens = resident.model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.shape[1] <= IDS.shape[1] + 4
+
+
+@pytest.mark.slow
+def test_changing_the_client_costs_little() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resident = adapt(LlamaForCausalLM(config), target_modules="default", rank=8)
+    factors, ids = random_factors(resident), torch.randint(0, 512, (8, 64))
+
+    def seconds(action: object, repeats: int) -> float:
+        taken = []
+        for _ in range(repeats):
+            start = time.process_time()
+            action()  # type: ignore[operator]
+            taken.append(time.process_time() - start)
+        return min(taken)
+
+    def swap() -> None:
+        resident.load(factors)
+        resident.read()
+
+    def step() -> None:
+        resident.zero_grad()
+        resident.model(input_ids=ids, labels=ids).loss.backward()
+
+    assert seconds(swap, 50) < 0.005 * 10 * seconds(step, 10)

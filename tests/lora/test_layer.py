@@ -1,0 +1,196 @@
+"""The layer against the formula in NumPy (float64), stacks against separate calls, and the seeded masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sfedlora.errors import AdapterError, ModelError
+from sfedlora.lora.layer import DropoutState, LoraLinear, SeededDropout, linear_features, seeded_dropout
+
+IN, OUT, RANK = 7, 5, 3
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def linear(dtype: torch.dtype = torch.float64) -> nn.Linear:
+    base = nn.Linear(IN, OUT, dtype=dtype)
+    with torch.no_grad():
+        base.weight.copy_(draw(OUT, IN, seed=10))
+        base.bias.copy_(draw(OUT, seed=11))
+    return base
+
+
+def conv1d() -> Conv1D:
+    base = Conv1D(OUT, IN).double()
+    with torch.no_grad():
+        base.weight.copy_(draw(OUT, IN, seed=10).T)
+        base.bias.copy_(draw(OUT, seed=11))
+    return base
+
+
+@pytest.mark.parametrize("make_base", [linear, conv1d])
+@pytest.mark.parametrize("batch", [(4,), (4, 6), (2, 3, 4)])
+def test_forward_and_gradients_equal_the_dense_formula(make_base: type, batch: tuple[int, ...]) -> None:
+    a, b, x, upstream = draw(RANK, IN), draw(OUT, RANK, seed=1), draw(*batch, IN, seed=2), draw(*batch, OUT, seed=3)
+    layer = LoraLinear(make_base(), a.clone(), b.clone(), scaling=0.83)
+    inputs = x.clone().requires_grad_()
+    output = layer(inputs)
+    output.backward(upstream)
+
+    weight, bias = draw(OUT, IN, seed=10).numpy(), draw(OUT, seed=11).numpy()
+    merged = weight + 0.83 * b.numpy() @ a.numpy()
+    rows, grads = x.numpy().reshape(-1, IN), upstream.numpy().reshape(-1, OUT)
+    np.testing.assert_allclose(output.detach().numpy(), x.numpy() @ merged.T + bias, rtol=0, atol=1e-10)
+    assert layer.a.grad is not None
+    assert layer.b.grad is not None
+    assert inputs.grad is not None
+    np.testing.assert_allclose(layer.a.grad.numpy(), 0.83 * (grads @ b.numpy()).T @ rows, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(layer.b.grad.numpy(), 0.83 * grads.T @ (rows @ a.numpy().T), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(inputs.grad.numpy().reshape(-1, IN), grads @ merged, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scaling", [0.7, torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)])
+def test_a_stack_of_clients_equals_separate_calls(scaling: float | Tensor) -> None:
+    a, b = draw(3, RANK, IN), draw(3, OUT, RANK, seed=1)
+    x, upstream = draw(6, 4, IN, seed=2), draw(6, 4, OUT, seed=3)
+    stack = LoraLinear(linear(), a.clone(), b.clone(), scaling=scaling)
+    output = stack(x)
+    output.backward(upstream)
+    assert stack.a.grad is not None
+    assert stack.b.grad is not None
+    for client in range(3):
+        gamma = scaling if isinstance(scaling, float) else float(scaling[client])
+        alone = LoraLinear(linear(), a[client].clone(), b[client].clone(), scaling=gamma)
+        rows = slice(2 * client, 2 * client + 2)
+        own = alone(x[rows])
+        own.backward(upstream[rows])
+        torch.testing.assert_close(output[rows], own, rtol=0, atol=1e-12)
+        torch.testing.assert_close(stack.a.grad[client], alone.a.grad, rtol=0, atol=1e-12)
+        torch.testing.assert_close(stack.b.grad[client], alone.b.grad, rtol=0, atol=1e-12)
+
+
+def test_a_batch_that_does_not_divide_into_the_stack_is_refused() -> None:
+    layer = LoraLinear(linear(), draw(3, RANK, IN), draw(3, OUT, RANK), path="here")
+    with pytest.raises(AdapterError, match="here: a batch of 4 rows for a stack of 3"):
+        layer(draw(4, IN))
+
+
+def test_bfloat16_base_keeps_its_output_dtype_and_adapters_compute_in_float32() -> None:
+    base = linear().to(torch.bfloat16)
+    a, b, x = draw(RANK, IN).float(), draw(OUT, RANK, seed=1).float(), draw(4, IN, seed=2).to(torch.bfloat16)
+    layer = LoraLinear(base, a, b, scaling=0.5)
+    output = layer(x)
+    assert output.dtype == torch.bfloat16
+    exact = base(x).float() + 0.5 * (x.float() @ a.T) @ b.T
+    assert output.equal(exact.to(torch.bfloat16))
+    output.sum().backward()
+    assert layer.a.grad is not None
+    assert layer.a.grad.dtype == torch.float32
+
+
+def test_the_base_is_frozen_and_stays_in_eval_mode() -> None:
+    layer = LoraLinear(linear(), draw(RANK, IN), draw(OUT, RANK)).train()
+    assert layer.training
+    assert not layer.base.training
+    assert not any(parameter.requires_grad for parameter in layer.base.parameters())
+    assert layer.weight is layer.base.weight
+    assert layer.bias is layer.base.bias
+    assert LoraLinear(nn.Linear(IN, OUT, bias=False), draw(RANK, IN), draw(OUT, RANK)).bias is None
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((RANK, IN + 1), (OUT, RANK)),
+        ((RANK, IN), (OUT + 1, RANK)),
+        ((RANK, IN), (OUT, RANK + 1)),
+        ((2, RANK, IN), (OUT, RANK)),
+        ((2, RANK, IN), (3, OUT, RANK)),
+        ((0, IN), (OUT, 0)),
+        ((IN,), (OUT,)),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    with pytest.raises(AdapterError, match="expected"):
+        LoraLinear(linear(), torch.zeros(a), torch.zeros(b))
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Embedding(4, 3), nn.LayerNorm(4), nn.Conv1d(2, 2, 1), nn.ModuleList(), nn.ReLU()]
+)
+def test_modules_that_are_not_linear_are_refused(module: nn.Module) -> None:
+    assert linear_features(module) is None
+    with pytest.raises(ModelError, match=f"m is a {type(module).__name__}"):
+        LoraLinear(module, torch.zeros(1, 4), torch.zeros(3, 1), path="m")
+
+
+def test_features_of_linear_modules() -> None:
+    assert linear_features(nn.Linear(IN, OUT)) == (IN, OUT)
+    assert linear_features(Conv1D(OUT, IN)) == (IN, OUT)
+
+
+def test_dropout_masks_the_lora_input_only() -> None:
+    state = DropoutState()
+    a, b, x = draw(RANK, IN), draw(OUT, RANK, seed=1), draw(4, 6, IN, seed=2)
+    layer = LoraLinear(linear(), a, b, scaling=0.5, dropout=0.4, dropout_state=state, path="m")
+    undropped = layer(x)
+    assert undropped.equal(LoraLinear(linear(), a, b, scaling=0.5)(x))
+    state.seeds = (11,)
+    masked = seeded_dropout(x, 0.4, (11,), "m")
+    expected = linear()(x) + 0.5 * (masked @ a.T) @ b.T
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(undropped, expected)
+    state.seeds = None
+    assert layer(x).equal(undropped)
+
+
+def test_masks_depend_on_seed_and_address_and_nothing_else() -> None:
+    x = torch.ones(4, 50, 20)
+    mask = seeded_dropout(x, 0.25, (5,), "m")
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert mask.equal(seeded_dropout(x, 0.25, (5,), "m"))
+    assert torch.get_rng_state().equal(before)
+    assert not mask.equal(seeded_dropout(x, 0.25, (6,), "m"))
+    assert not mask.equal(seeded_dropout(x, 0.25, (5,), "n"))
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert float((mask == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+
+
+def test_every_client_of_a_stack_draws_its_own_mask() -> None:
+    x = draw(6, 4, IN)
+    stacked = seeded_dropout(x, 0.5, (1, 2, 3), "m")
+    for client, seed in enumerate((1, 2, 3)):
+        rows = slice(2 * client, 2 * client + 2)
+        assert stacked[rows].equal(seeded_dropout(x[rows], 0.5, (seed,), "m"))
+    with pytest.raises(AdapterError, match="6 rows for 4 dropout seeds"):
+        seeded_dropout(x, 0.5, (1, 2, 3, 4), "m")
+
+
+def test_head_dropout_follows_the_state() -> None:
+    state = DropoutState()
+    dropout = SeededDropout(0.5, state, "dropout").train()
+    x = draw(8, 10)
+    assert dropout(x) is x
+    state.seeds = (3,)
+    assert dropout(x).equal(seeded_dropout(x, 0.5, (3,), "dropout"))
+    assert SeededDropout(0.0, state, "dropout")(x) is x
+
+
+def test_quantised_linears_of_bitsandbytes_are_wrapped() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    eight = bitsandbytes.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)
+    four = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4")
+    assert linear_features(eight) == (IN, OUT)
+    assert linear_features(four) == (64, 32)
+    layer = LoraLinear(four.to("cpu"), draw(RANK, 64).float(), draw(32, RANK).float(), scaling=0.5)
+    x = draw(3, 64).float()
+    torch.testing.assert_close(layer(x), four(x) + 0.5 * (x @ layer.a.T) @ layer.b.T)
+    layer(x).sum().backward()
+    assert layer.a.grad is not None
