@@ -75,7 +75,7 @@ def _parse_json_lines(text: str, path: Path) -> list[dict[str, Any]]:
             last = "; it is the last line, so the file may be truncated" if number == len(lines) else ""
             raise DataError(f"{path}: line {number} is not valid JSON ({what}){last}") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} holds a {_kind(row)}; expected one JSON object per line")
+            raise DataError(f"{path}: line {number} holds {_kind(row)}; expected one JSON object per line")
         rows.append(row)
     return rows
 
@@ -89,10 +89,10 @@ def _parse_json_array(text: str, path: Path) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(rows, list):
-        raise DataError(f"{path}: holds a {_kind(rows)}; expected an array of objects, or one object per line")
+        raise DataError(f"{path}: holds {_kind(rows)}; expected an array of objects, or one object per line")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{path}: item {number} of the array is a {_kind(row)}; expected an object")
+            raise DataError(f"{path}: item {number} of the array is {_kind(row)}; expected an object")
     return rows
 
 
@@ -135,5 +135,13 @@ def _columns_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
 
 
 def _kind(value: object) -> str:
-    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    """What a JSON value is called, with its article."""
+    kinds = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return kinds.get(type(value), "null")

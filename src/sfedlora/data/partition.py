@@ -29,6 +29,7 @@ References:
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,11 +62,13 @@ class Units:
         rows: the rows of each unit; units in the order of their first row.
         sizes: (units,) rows of each unit.
         labels: (units,) label number of each unit, or None.
+        requirement: what messages add about groups.
     """
 
     rows: Sequence[Rows]
     sizes: NDArray[np.int64]
     labels: NDArray[np.int64] | None
+    requirement: str
 
 
 def assign_clients(
@@ -74,7 +77,7 @@ def assign_clients(
     num_rows: int,
     num_clients: int | None,
     labels_or_column: Sequence[Any] | None = None,
-    concentration: float = 0.5,
+    concentration: float | None = None,
     min_examples: int = 10,
     seed: int = 0,
     groups: Sequence[Any] | None = None,
@@ -88,7 +91,7 @@ def assign_clients(
         num_rows: rows are 0 .. num_rows - 1.
         num_clients: N. For `column`: keep that many largest values; None keeps all.
         labels_or_column: one integer or string per row: labels for `dirichlet` and `shards`, the values of `column`.
-        concentration: of the Dirichlet distribution of `dirichlet` and `quantity`.
+        concentration: of the Dirichlet distribution of `dirichlet` and `quantity`; not used by the other schemes.
         min_examples: fewest rows of a client; 3 where less is given. `column` leaves out values with fewer and
             logs their names.
         seed: of the run.
@@ -109,8 +112,8 @@ def assign_clients(
         return _by_column(_label_values(labels_or_column, num_rows, scheme), num_clients, least, groups)
     if num_clients is None or num_clients < 1:
         raise ConfigError(f"partition scheme {scheme!r} needs num_clients of at least 1, got {num_clients}")
-    if not concentration > 0:
-        raise ConfigError(f"concentration is {concentration}; expected a number above 0")
+    if scheme in ("dirichlet", "quantity") and (concentration is None or not 0 < concentration < math.inf):
+        raise ConfigError(f"concentration is {concentration}; scheme {scheme!r} needs a finite number above 0")
     if num_rows < num_clients * least:
         raise DataError(
             f"{num_rows} examples are too few for {num_clients} clients with at least {least} each "
@@ -118,19 +121,10 @@ def assign_clients(
         )
     values = _label_values(labels_or_column, num_rows, scheme) if scheme in ("dirichlet", "shards") else None
     units = _units(num_rows, values, groups)
-    smallest = 0
-    for attempt in range(MAX_DRAWS):
-        rng = numpy_generator(seed, "partition", scheme, attempt)
-        owners = _draw_owners(scheme, units, num_clients, concentration, rng)
-        counts = np.bincount(owners, weights=units.sizes, minlength=num_clients)
-        if counts.min() >= least and np.bincount(owners, minlength=num_clients).min() >= SMALLEST_CLIENT:
-            return _rows_of_clients(units, owners, num_clients)
-        smallest = max(smallest, int(counts.min()))
-    raise DataError(
-        f"partition scheme {scheme!r}: in {MAX_DRAWS} draws over {num_clients} clients the smallest client had "
-        f"{smallest} examples at best; expected {least}: use fewer clients, a larger concentration or a smaller "
-        "min_examples"
-    )
+    owners = _draw_large_enough(scheme, units, num_clients, concentration or 0.0, least=least, seed=seed)
+    order = np.argsort(owners, kind="stable")
+    shares = np.split(order, np.searchsorted(owners[order], np.arange(1, num_clients)))
+    return {str(i): np.sort(np.concatenate([units.rows[unit] for unit in share])) for i, share in enumerate(shares)}
 
 
 def _label_values(values: Sequence[Any] | None, num_rows: int, scheme: str) -> list[str | int]:
@@ -196,7 +190,8 @@ def _units(num_rows: int, values: Sequence[str | int] | None, groups: Sequence[A
         number = {value: i for i, value in enumerate(sorted(set(values), key=lambda value: (str(type(value)), value)))}
         numbers = [number[value] for value in values]
         labels = np.array([_most_common([numbers[row] for row in unit]) for unit in units], dtype=np.int64)
-    return Units(units, np.array([len(unit) for unit in units], dtype=np.int64), labels)
+    requirement = "" if groups is None else f" in at least {SMALLEST_CLIENT} groups"
+    return Units(units, np.array([len(unit) for unit in units], dtype=np.int64), labels, requirement)
 
 
 def _most_common(numbers: Sequence[int]) -> int:
@@ -206,13 +201,24 @@ def _most_common(numbers: Sequence[int]) -> int:
     return min(counts, key=lambda number: (-counts[number], number))
 
 
-def _rows_of_clients(units: Units, owners: NDArray[np.int64], num_clients: int) -> dict[str, Rows]:
-    order = np.argsort(owners, kind="stable")
-    shares = np.split(order, np.searchsorted(owners[order], np.arange(1, num_clients)))
-    return {
-        str(client): np.sort(np.concatenate([units.rows[unit] for unit in share]))
-        for client, share in enumerate(shares)
-    }
+def _draw_large_enough(
+    scheme: Scheme, units: Units, num_clients: int, concentration: float, *, least: int, seed: int
+) -> NDArray[np.int64]:
+    """(units,) client numbers of the first draw in which every client has `least` rows and a unit for each split."""
+    best = 0
+    for attempt in range(MAX_DRAWS):
+        rng = numpy_generator(seed, "partition", scheme, attempt)
+        owners = _draw_owners(scheme, units, num_clients, concentration, rng)
+        fewest_rows = int(np.bincount(owners, weights=units.sizes, minlength=num_clients).min())
+        fewest_units = int(np.bincount(owners, minlength=num_clients).min())
+        if fewest_rows >= least and fewest_units >= SMALLEST_CLIENT:
+            return owners
+        best = max(best, fewest_rows)
+    raise DataError(
+        f"partition scheme {scheme!r}: in {MAX_DRAWS} draws over {num_clients} clients the smallest had {best} "
+        f"examples at best; expected {least}{units.requirement}: use fewer clients, a larger concentration or a "
+        "smaller min_examples"
+    )
 
 
 def _draw_owners(
