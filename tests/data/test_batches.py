@@ -13,7 +13,7 @@ from sfedlora.errors import ConfigError, DataError
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
-def flat(plan: list[list[np.ndarray]]) -> list[np.ndarray]:  # type: ignore[type-arg]
+def flat(plan: list[list[np.ndarray]]) -> list[np.ndarray]:
     return [batch for step in plan for batch in step]
 
 

@@ -10,7 +10,9 @@ from sfedlora.data.encoded import EncodedData, collate
 from sfedlora.errors import DataError
 
 
-def encoded_rows(rows: list[list[int]], starts: list[int] | None = None, labels: list[int] | None = None) -> EncodedData:
+def encoded_rows(
+    rows: list[list[int]], starts: list[int] | None = None, labels: list[int] | None = None
+) -> EncodedData:
     return EncodedData(
         tokens=np.array([token for row in rows for token in row], dtype=np.int32),
         offsets=np.array([sum(len(row) for row in rows[:i]) for i in range(len(rows) + 1)], dtype=np.int64),
@@ -44,9 +46,7 @@ def test_classification_batch_by_hand() -> None:
 
 def test_token_types() -> None:
     plain = encoded_rows([[1, 2, 3], [4, 5]], labels=[0, 1])
-    data = EncodedData(
-        plain.tokens, plain.offsets, plain.row_ids, None, plain.labels, np.array([1, 2], dtype=np.int32)
-    )
+    data = EncodedData(plain.tokens, plain.offsets, plain.row_ids, None, plain.labels, np.array([1, 2], dtype=np.int32))
     types = collate(data, [0, 1], pad_token_id=0).token_type_ids
     assert types is not None
     assert types.tolist() == [[0, 1, 1], [0, 0, 0]]

@@ -26,7 +26,9 @@ from sfedlora.errors import DataError
         (["x"], ["x", "y"], [0], ("x", "y")),
     ],
 )
-def test_numbering(values: list[Any], labels: Sequence[str | int] | None, ids: list[int], names: tuple[str, ...]) -> None:
+def test_numbering(
+    values: list[Any], labels: Sequence[str | int] | None, ids: list[int], names: tuple[str, ...]
+) -> None:
     numbered, found = number_labels(values, labels, where="file, column 'label'")
     assert numbered.tolist() == ids
     assert numbered.dtype == np.int64

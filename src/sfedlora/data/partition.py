@@ -189,14 +189,14 @@ def _units(num_rows: int, values: Sequence[str | int] | None, groups: Sequence[A
     if values is not None:
         number = {value: i for i, value in enumerate(sorted(set(values), key=lambda value: (str(type(value)), value)))}
         numbers = [number[value] for value in values]
-        labels = np.array([_most_common([numbers[row] for row in unit]) for unit in units], dtype=np.int64)
+        if groups is not None:
+            numbers = [_most_common([numbers[row] for row in unit]) for unit in units]
+        labels = np.array(numbers, dtype=np.int64)
     requirement = "" if groups is None else f" in at least {SMALLEST_CLIENT} groups"
     return Units(units, np.array([len(unit) for unit in units], dtype=np.int64), labels, requirement)
 
 
 def _most_common(numbers: Sequence[int]) -> int:
-    if len(numbers) == 1:
-        return numbers[0]
     counts = Counter(numbers)
     return min(counts, key=lambda number: (-counts[number], number))
 

@@ -52,7 +52,7 @@ def split_client(
         DataError: fewer than 3 rows, or fewer than 3 groups.
         ConfigError: fractions that are not positive or do not add up to 1.
     """
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+    if not (all(fraction > 0 for fraction in fractions) and abs(sum(fractions) - 1) < 1e-6):
         raise ConfigError(f"split fractions {list(fractions)}: expected three positive numbers that add up to 1")
     ordered = np.sort(np.asarray(rows, dtype=np.int64))
     units = [ordered[[i]] for i in range(len(ordered))] if groups is None else group_rows(ordered, groups)
