@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES
 every_choice = pytest.mark.parametrize("targets", ["default", "all-linear"])
 
 
-def run(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+def run(model: torch.nn.Module) -> tuple[Tensor, Any]:
     """Logits (hidden states of the encoder) and a loss."""
     arguments = {"input_ids": IDS, "attention_mask": MASK}
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -93,7 +93,7 @@ def resident_of(family: Family, targets: str) -> ResidentModel:
 def peft_of(family: Family, targets: str) -> PeftModel:
     config = LoraConfig(
         r=RANK,
-        lora_alpha=ALPHA,  # type: ignore[arg-type]
+        lora_alpha=ALPHA,
         target_modules=None if targets == "default" else targets,
         modules_to_save=list(family.head_modules) or None,
         task_type=family.peft_task,
@@ -111,7 +111,9 @@ def peft_parameter(model: PeftModel, name: str, head_modules: tuple[str, ...]) -
         return parameter
     head = next(m for m in head_modules if f".{m}." in f".{path}")
     before, _, after = f".{path}".partition(f".{head}.")
-    return model.get_base_model().get_parameter(f"{before}.{head}.modules_to_save.default.{after}".lstrip("."))
+    head_path = f"{before}.{head}.modules_to_save.default.{after}".lstrip(".")
+    whole: torch.nn.Parameter = model.get_base_model().get_parameter(head_path)
+    return whole
 
 
 def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
