@@ -1,25 +1,25 @@
-"""A grid of runs over configuration keys: one cell per combination, finished cells skipped, one results.jsonl.
+"""Runs the cells of a grid: finished ones skipped, begun ones continued, one results.jsonl.
+
+Not here: which cells there are (`config.grid`).
 
 A line of results.jsonl: `{"cell": name, "settings": {dotted key: value}, "run_dir": path, "summary": {...}}`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sfedlora.artifacts import RunDirectory
-from sfedlora.config import PRESETS, RunConfig, apply_overrides
-from sfedlora.config.yaml_file import read_yaml
-from sfedlora.data.partition import safe_directory_name
+from sfedlora.config import RunConfig
+from sfedlora.config.grid import Cell
 from sfedlora.errors import ConfigError
-from sfedlora.experiment import RunEvent, RunResult, resume_events, run_events
+from sfedlora.experiment import RunEvent, resume_events, run_events
 from sfedlora.storage import to_json, write_text
 
-__all__ = ["Axis", "Cell", "CellStarted", "compare_events", "make_cells", "method_axis", "results_line"]
+__all__ = ["Cell", "CellStarted", "compare_events", "results_line"]
 
 REPORTED_KEYS = (
     "method.name",
@@ -33,34 +33,10 @@ REPORTED_KEYS = (
     "local.learning_rate",
     "seed",
 )
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One varied setting.
-
-    Attributes:
-        name: how the setting is called in cell names.
-        choices: value as shown -> overrides (`key=value`) that set it.
-    """
-
-    name: str
-    choices: Mapping[str, tuple[str, ...]]
-
-    @classmethod
-    def of_key(cls, key: str, values: Sequence[str]) -> Axis:
-        """An axis over the values of one configuration key."""
-        if not values or not all(value.strip() for value in values):
-            raise ConfigError(f"--vary {key}: expected key=value,value,..., got an empty value")
-        return cls(key.rsplit(".", 1)[-1], {value: (f"{key}={value}",) for value in values})
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid."""
-
-    name: str
-    config: RunConfig
+NOT_COMPARED = ("output", "preset")
+"""A run may lie elsewhere now; what a preset sets is compared key by key."""
+CHOSEN_BY_THE_RUN = ("partition.num_clients", "threads")
+"""Keys whose null a run replaces by what it found."""
 
 
 @dataclass(frozen=True)
@@ -73,73 +49,60 @@ class CellStarted:
     skipped: bool
 
 
-def method_axis(names: Sequence[str]) -> Axis:
-    """An axis over presets and method names."""
-    choices = {name: (f"preset={name}",) if name in PRESETS else (f"method.name={name}",) for name in names}
-    return Axis("method", choices)
-
-
-def make_cells(config_path: Path, overrides: Sequence[str], axes: Sequence[Axis], output: Path) -> list[Cell]:
-    """All combinations of the axes' values, each as a checked configuration with its own run directory.
-
-    Raises:
-        ConfigError: a combination that is no valid configuration, or two axes of one name.
-    """
-    names = [axis.name for axis in axes]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"--vary: two axes are called the same ({', '.join(names)}); vary each key once")
-    document = read_yaml(config_path)
-    cells = []
-    for combination in itertools.product(*(axis.choices.items() for axis in axes)):
-        name = ",".join(f"{axis}={value}" for axis, (value, _) in zip(names, combination, strict=True)) or "run"
-        settings = [override for _, own in combination for override in own]
-        folder = output / safe_directory_name(name)
-        values = apply_overrides(document.values, [*overrides, *settings]) | {"output": str(folder)}
-        cells.append(Cell(name, RunConfig.from_mapping(values, origin=document, name=str(config_path))))
-    return cells
-
-
 def compare_events(cells: Sequence[Cell], output: Path) -> Iterator[CellStarted | RunEvent]:
-    """Run all cells in order; write results.jsonl after each.
+    """Run all cells in order; after each, write results.jsonl with every cell of the grid that is finished.
 
     Raises:
-        ConfigError: a cell's folder holds a run with other settings.
+        ConfigError: a cell's folder holds a run with other settings, or something else. Nothing has run then.
     """
-    lines: list[str] = []
+    for cell in cells:
+        _require_usable_folder(cell)
     for index, cell in enumerate(cells):
         path = Path(cell.config.output)
-        begun = (path / "config.yaml").is_file()
-        if begun:
-            _require_same_settings(cell, RunDirectory.open(path).config())
-        finished = begun and bool(RunDirectory.open(path).summary())
-        yield CellStarted(index, len(cells), cell, finished)
-        for event in resume_events(path) if begun else run_events(cell.config):
-            yield event
-            if isinstance(event, RunResult):
-                lines.append(to_json(results_line(cell, event)))
-                write_text(output / "results.jsonl", "\n".join(lines) + "\n")
+        yield CellStarted(index, len(cells), cell, _is_finished(cell))
+        yield from resume_events(path) if _is_begun(cell) else run_events(cell.config)
+        lines = [to_json(results_line(other)) for other in cells if _is_finished(other)]
+        write_text(output / "results.jsonl", "\n".join(lines) + "\n")
 
 
-def results_line(cell: Cell, result: RunResult) -> dict[str, Any]:
-    """One line of results.jsonl."""
-    directory = RunDirectory.open(result.run_dir)
+def results_line(cell: Cell) -> dict[str, Any]:
+    """The line of results.jsonl of a finished cell."""
+    path = Path(cell.config.output)
+    directory = RunDirectory.open(path)
     flat = _flatten(directory.config().model_dump(mode="json"))
     scaling = directory.environment()["scaling"]
     settings = {key: flat[key] for key in REPORTED_KEYS} | {"gamma": scaling["gamma"]}
     if flat["preset"] is not None:
         settings["preset"] = flat["preset"]
-    return {"cell": cell.name, "settings": settings, "run_dir": str(result.run_dir), "summary": result.summary}
+    return {"cell": cell.name, "settings": settings, "run_dir": str(path), "summary": directory.summary()}
+
+
+def _is_begun(cell: Cell) -> bool:
+    return (Path(cell.config.output) / "config.yaml").is_file()
+
+
+def _is_finished(cell: Cell) -> bool:
+    return _is_begun(cell) and bool(RunDirectory.open(Path(cell.config.output)).summary())
+
+
+def _require_usable_folder(cell: Cell) -> None:
+    path = Path(cell.config.output)
+    if _is_begun(cell):
+        _require_same_settings(cell, RunDirectory.open(path).config())
+    else:
+        RunDirectory.check_free(path)
 
 
 def _require_same_settings(cell: Cell, recorded: RunConfig) -> None:
-    """The recorded configuration has the requested value wherever the request is not left open."""
+    """The recorded configuration has the requested value wherever the run does not choose the value itself."""
     requested = _flatten(cell.config.model_dump(mode="json"))
     found = _flatten(recorded.model_dump(mode="json"))
     for key, value in requested.items():
-        if key != "output" and value not in ("auto", None) and found.get(key) != value:
+        open_choice = value == "auto" or (value is None and key in CHOSEN_BY_THE_RUN)
+        if key not in NOT_COMPARED and not open_choice and found.get(key) != value:
             raise ConfigError(
-                f"{cell.config.output}: holds a run with {key} = {found.get(key)!r}, this comparison asks for {value!r}; "
-                "choose another output"
+                f"{cell.config.output}: holds a run with {key} = {found.get(key)!r}, this comparison asks for "
+                f"{value!r}; choose another --output"
             )
 
 

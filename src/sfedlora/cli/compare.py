@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sfedlora.cli.progress import drive_all
 from sfedlora.cli.report import draw
-from sfedlora.cli.tables import print_comparison
-from sfedlora.compare import Axis, compare_events, make_cells, method_axis
-from sfedlora.config.yaml_file import split_values
 from sfedlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sfedlora.config.grid import Axis
 
 __all__ = ["compare"]
 
 
-def compare(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+def compare(  # noqa: PLR0917 - typer turns every argument into an option
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of every cell.")
     ] = None,
@@ -32,17 +32,14 @@ def compare(
     figures: Annotated[bool, typer.Option(help="Draw figures at the end (needs the extra `report`).")] = True,
 ) -> None:
     """Run every combination. Finished cells are skipped when the command is repeated."""
-    axes = [method_axis(split_values(methods))] if methods is not None else []
-    short = {"lora.rank": ranks, "partition.num_clients": clients, "seed": seeds}
-    axes += [Axis.of_key(key, split_values(values)) for key, values in short.items() if values is not None]
-    for item in vary or []:
-        key, separator, values = item.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--vary {item!r}: expected key=v1,v2,..., for example lora.rank=8,64")
-        axes.append(Axis.of_key(key, split_values(values)))
-    if not axes:
-        raise ConfigError("nothing to compare: give --vary key=v1,v2 or --methods, --ranks, --clients, --seeds")
+    from sfedlora.config.grid import make_cells
+
+    axes = _axes(vary or [], methods, {"lora.rank": ranks, "partition.num_clients": clients, "seed": seeds})
     cells = make_cells(config, overrides or [], axes, output)
+    from sfedlora.cli.progress import drive_all
+    from sfedlora.cli.tables import print_comparison
+    from sfedlora.compare import compare_events
+
     for _ in drive_all(compare_events(cells, output)):
         pass
     results = output / "results.jsonl"
@@ -50,3 +47,19 @@ def compare(
     typer.echo(f"results: {results}")
     if figures:
         draw([output])
+
+
+def _axes(vary: Sequence[str], methods: str | None, short: Mapping[str, str | None]) -> list[Axis]:
+    from sfedlora.config.grid import Axis, method_axis
+    from sfedlora.config.yaml_file import split_values
+
+    axes = [method_axis(split_values(methods))] if methods is not None else []
+    axes += [Axis.of_key(key, split_values(values)) for key, values in short.items() if values is not None]
+    for item in vary:
+        key, separator, values = item.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--vary {item!r}: expected key=v1,v2,..., for example lora.rank=8,64")
+        axes.append(Axis.of_key(key.strip(), split_values(values)))
+    if not axes:
+        raise ConfigError("nothing to compare: give --vary key=v1,v2 or --methods, --ranks, --clients, --seeds")
+    return axes

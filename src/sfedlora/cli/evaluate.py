@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal
 
 import typer
 
 from sfedlora.errors import ConfigError
-from sfedlora.results import RoundChoice, evaluate_file, evaluate_run
-from sfedlora.storage import to_json
 
 __all__ = ["evaluate", "parse_round"]
 
@@ -24,7 +22,7 @@ class SplitName(StrEnum):
 
 
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")],
     split: Annotated[SplitName, typer.Option(help="Split of each client's own data.")] = SplitName.test,
     round: Annotated[str, typer.Option(help="last, best, or the number of a kept round.")] = "last",
     client: Annotated[list[str] | None, typer.Option(help="Only this client; may be given several times.")] = None,
@@ -32,6 +30,9 @@ def evaluate(
 ) -> None:
     """Print metrics as JSON, each client served by its own adapter."""
     choice = parse_round(round)
+    from sfedlora.results import evaluate_file, evaluate_run
+    from sfedlora.storage import to_json
+
     if data is not None:
         result = evaluate_file(run_dir, data, round_choice=choice, clients=client)
     else:
@@ -39,10 +40,14 @@ def evaluate(
     typer.echo(to_json(result, indent=2))
 
 
-def parse_round(text: str) -> RoundChoice:
-    """The value of `--round`."""
-    if text in ("last", "best"):
-        return cast("RoundChoice", text)
-    if not text.isdecimal():
+def parse_round(text: str) -> Literal["last", "best"] | int:
+    """The value of `--round`.
+
+    Raises:
+        ConfigError: it is none of last, best and a number.
+    """
+    if text == "last" or text == "best":  # noqa: PLR1714 - compared one by one, the type checker follows
+        return text
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise ConfigError(f"--round {text!r}: expected last, best or a round number")
     return int(text)

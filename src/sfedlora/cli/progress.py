@@ -63,12 +63,16 @@ def _stop_request() -> Iterator[_StopFlag]:
     """The first Ctrl-C asks to stop after the client in hand; the second one stops at once."""
     flag = _StopFlag()
 
+    def say(text: str) -> None:
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
     def ask(signum: int, frame: FrameType | None) -> None:
         del frame
         if flag.requested:
+            say("stopped at once; a run goes on after its last complete round with: sfedlora resume RUN_DIR")
             raise KeyboardInterrupt
         flag.requested = True
-        Console(stderr=True).print(f"stopping after the client in hand (signal {signum}); again to stop at once")
+        say(f"stopping after the client in hand (signal {signum}); again to stop at once")
 
     before = signal.signal(signal.SIGINT, ask)
     try:
@@ -88,9 +92,7 @@ def _describe(event: RoundFinished) -> str:
     parts = [f"train loss {record['train_loss']:.4f}"]
     if record["eval_loss"] is not None:
         parts.append(f"validation loss {record['eval_loss']:.4f}")
-    for name in ("perplexity", "accuracy"):
-        if name in record:
-            parts.append(f"{name} {record[name]:.4g}")
+    parts += [f"{name} {record[name]:.4g}" for name in ("perplexity", "accuracy") if record.get(name) is not None]
     if record["grad_norm_b"] is not None:
         parts.append(f"|grad B| {record['grad_norm_b']:.3g}")
     if record["excluded"]:
@@ -103,9 +105,11 @@ def _describe_start(event: RunPrepared) -> list[str]:
     config, federation = prepared.config, prepared.federation
     lines = [
         f"{config.model.source}: {prepared.base.dtype}, {config.device}, {config.threads} threads",
-        f"{len(federation.splits)} clients, method {config.method.name}, rank {config.lora.rank}, scaling "
-        f"{config.lora.scaling} with gamma {federation.scaling:.4g}, init {config.lora.init}, "
-        f"effective clients {federation.effective_clients:.4g}",
+        (
+            f"{len(federation.splits)} clients, method {config.method.name}, rank {config.lora.rank}, scaling "
+            f"{config.lora.scaling} with gamma {federation.scaling:.4g}, init {config.lora.init}, "
+            f"effective clients {federation.effective_clients:.4g}"
+        ),
     ]
     if prepared.base.new_modules:
         lines.append(f"trained in full and saved with the adapter: {', '.join(prepared.base.new_modules)}")

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from sfedlora.cli.progress import drive
-from sfedlora.cli.tables import print_run
-from sfedlora.experiment import resume_events
-
 __all__ = ["resume"]
 
 
-def resume(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+def resume(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]) -> None:
     """Go on after the last complete round, to the same bits as an uninterrupted run."""
+    from sfedlora.cli.progress import drive
+    from sfedlora.cli.tables import print_run
+    from sfedlora.experiment import resume_events
+
     print_run(drive(resume_events(run_dir)))

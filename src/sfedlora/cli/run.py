@@ -7,19 +7,21 @@ from typing import Annotated
 
 import typer
 
-from sfedlora.cli.progress import drive
-from sfedlora.cli.tables import print_run
-from sfedlora.config import RunConfig
-from sfedlora.experiment import run_events
-
 __all__ = ["run"]
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML configuration.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
     ] = None,
 ) -> None:
     """Run one federation. Ctrl-C stops after the client in hand; `sfedlora resume` goes on."""
-    print_run(drive(run_events(RunConfig.load(config, overrides or []))))
+    from sfedlora.config import RunConfig
+
+    checked = RunConfig.load(config, overrides or [])
+    from sfedlora.cli.progress import drive
+    from sfedlora.cli.tables import print_run
+    from sfedlora.experiment import run_events
+
+    print_run(drive(run_events(checked)))

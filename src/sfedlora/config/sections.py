@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 __all__ = [
     "DataSection",
@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -130,7 +131,7 @@ class LoraSection(Section):
 
     rank: PositiveInt = 8
     """Rank r of every adapter."""
-    alpha: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 16.0
+    alpha: PositiveFloat = 16.0
     """alpha of the scaling rule."""
     scaling: Literal["lora", "rslora", "sfed"] = "sfed"
     """gamma. lora: alpha / r. rslora: alpha / sqrt(r). sfed: alpha * sqrt(N / r)."""
@@ -149,7 +150,7 @@ class LoraSection(Section):
 class MethodSection(Section):
     """The federated method."""
 
-    name: str = "fedsa"
+    name: Literal["fedsa", "fedit", "ffa", "local", "centralized"] = "fedsa"
     """fedsa, fedit, ffa, local or centralized."""
     head: Literal["auto", "personal", "shared"] = "auto"
     """Where a classification head lives. auto: personal for fedsa and local, shared for the others."""

@@ -94,8 +94,9 @@ def parse_scalar(text: str) -> Any:
     """Parse the value of a `key=value` override exactly as the file would be."""
     try:
         return yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError):
-        raise ConfigError(f"{text!r} is not a YAML value; quote it if it is meant as text") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        shown = text if len(text) <= 80 else f"{text[:80]}..."
+        raise ConfigError(f"{shown!r} is not a YAML value; quote it if it is meant as text") from None
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
