@@ -105,8 +105,8 @@ def aggregate(method: Method, state: ServerState, updates: Sequence[Update], *, 
         The state after the round, its `round_num` one higher.
 
     Raises:
-        UpdateError: no update, two from one client, one of another round, one with a missing, extra, mis-shaped,
-            non-float or non-finite tensor or without examples. The message names the client and the tensor.
+        UpdateError: no update, two from one client, one of another round, one without examples, or one with a missing,
+            extra or non-finite tensor or one of another shape or dtype. The message names the client and the tensor.
     """
     round_num = state.round_num + 1
     _check_all(method, state, updates)
@@ -141,7 +141,7 @@ def check_update(method: Method, state: ServerState, update: Update) -> None:
     """Check one update against what this round shares.
 
     Raises:
-        UpdateError: another round, no examples, or a missing, extra, mis-shaped, non-float or non-finite tensor.
+        UpdateError: another round, no examples, a missing, extra or non-finite tensor, or another shape or dtype.
     """
     round_num = state.round_num + 1
     expected = select_parts(state.shared, method.shared_parts(round_num))
@@ -161,7 +161,8 @@ def check_update(method: Method, state: ServerState, update: Update) -> None:
         if tensor.shape != expected[name].shape:
             message = f"has shape {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}"
             raise UpdateError(message, client_id=client_id, tensor=name)
-        if not tensor.is_floating_point():
-            raise UpdateError(f"has dtype {tensor.dtype}; expected a float", client_id=client_id, tensor=name)
+        if tensor.dtype != expected[name].dtype:
+            message = f"has dtype {tensor.dtype}; expected {expected[name].dtype}"
+            raise UpdateError(message, client_id=client_id, tensor=name)
         if not bool(torch.isfinite(tensor).all()):
             raise UpdateError("holds NaN or infinite values", client_id=client_id, tensor=name)
