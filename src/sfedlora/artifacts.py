@@ -63,32 +63,55 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: Path) -> RunDirectory:
-        """Make a new run directory.
+    def create(
+        cls, path: Path, config: RunConfig, environment: Mapping[str, Any], partition: Mapping[str, Any]
+    ) -> RunDirectory:
+        """Make a new run directory with what is fixed before round 1; config.yaml last, since it marks a run.
 
         Raises:
             ConfigError: the path is a file or a folder that is not empty.
-            StorageError: it cannot be made.
+            StorageError: it cannot be made; nothing stays behind.
         """
         cls.check_free(path)
+        existed = path.is_dir()
         try:
-            (path / "checkpoints").mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "environment.json", environment)
+            write_json(path / "partition.json", partition)
+            write_text(path / "config.yaml", config.dump())
         except OSError as error:
             raise StorageError(f"{path}: cannot be made ({error.strerror})") from None
+        except StorageError:
+            for left in path.iterdir():
+                left.unlink()
+            if not existed:
+                path.rmdir()
+            raise
         return cls(path)
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Refuse a path that holds something already, before any model is loaded.
+        """Refuse a path that holds something already or cannot be made, before any model is loaded.
 
         Raises:
-            ConfigError: the path is a file or a folder that is not empty.
+            ConfigError: the path is a file, a folder that is not empty, or lies where nothing can be written.
         """
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        try:
+            occupied = path.is_dir() and any(path.iterdir())
+            begins = next(
+                folder for folder in (path, *path.absolute().parents) if folder.exists() or folder.is_symlink()
+            )
+        except OSError as error:
+            raise ConfigError(f"output: {path} cannot be used ({error.strerror}); choose another output") from None
+        if occupied:
             holds_run = (path / "config.yaml").is_file()
             advice = f"go on with `sfedlora resume {path}` or choose another output" if holds_run else "choose another"
             what = "another run" if holds_run else "other files"
             raise ConfigError(f"output: {path} already holds {what}; {advice}")
+        if not begins.is_dir():
+            raise ConfigError(f"output: {begins} is no folder, expected a new or empty one; choose another output")
+        if not os.access(begins, os.W_OK | os.X_OK):
+            raise ConfigError(f"output: {begins} cannot be written by this user; choose another output")
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -104,12 +127,6 @@ class RunDirectory:
     def config(self) -> RunConfig:
         """The resolved configuration."""
         return RunConfig.load(self.path / "config.yaml")
-
-    def write_setup(self, config: RunConfig, environment: Mapping[str, Any], partition: Mapping[str, Any]) -> None:
-        """Write what is fixed before round 1; config.yaml last, since it marks the folder as a run."""
-        write_json(self.path / "environment.json", environment)
-        write_json(self.path / "partition.json", partition)
-        write_text(self.path / "config.yaml", config.dump())
 
     def partition(self) -> dict[str, Any]:
         """partition.json."""

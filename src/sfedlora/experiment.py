@@ -110,8 +110,7 @@ def run_events(config: RunConfig) -> Iterator[RunEvent]:
     output = Path(config.output)
     RunDirectory.check_free(output)
     prepared = prepare(config)
-    directory = RunDirectory.create(output)
-    directory.write_setup(prepared.config, prepared.environment, prepared.partition)
+    directory = RunDirectory.create(output, prepared.config, prepared.environment, prepared.partition)
     yield RunPrepared(prepared, output, 1)
     state = initial_state(prepared.federation)
     progress: dict[str, Any] = {"best_round": None, "best_loss": None}
@@ -190,7 +189,7 @@ def _drive(
     progress: dict[str, Any],
     finished: Mapping[str, ClientOutcome],
 ) -> Iterator[RunEvent]:
-    outcomes: dict[str, ClientOutcome] = {}
+    outcomes = dict(finished)
     try:
         for event in run_rounds(prepared.federation, state, finished):
             if isinstance(event, ClientTrained) and event.outcome is not None:
@@ -270,10 +269,19 @@ def _evaluate_split(
 
 def _require_same(directory: RunDirectory, prepared: Prepared) -> None:
     """Refuse to go on with other data or another base model than the run began with."""
-    if directory.partition()["source_sha256"] != prepared.partition["source_sha256"]:
-        raise DataError(f"data.source: {prepared.config.data.source} has changed since the run began; put it back")
-    before = directory.environment()["base_model"]["sha256"]
-    if before != prepared.environment["base_model"]["sha256"]:
+    recorded, environment = directory.partition(), directory.environment()
+    data = prepared.config.data
+    if recorded["source_sha256"] != prepared.partition["source_sha256"]:
+        raise DataError(f"data.source: {data.source} has changed since the run began; put the old file back")
+    for split, source in (("validation", data.validation), ("test", data.test)):
+        if environment["external_sha256"].get(split) != prepared.environment["external_sha256"].get(split):
+            raise DataError(f"data.{split}: {source} has changed since the run began; put the old file back")
+    if recorded["clients"] != prepared.partition["clients"]:
+        raise DataError(
+            f"{directory.path / 'partition.json'}: the examples would be dealt otherwise than when the run began; "
+            "config.yaml or partition.json was edited, or other library versions are installed (environment.json)"
+        )
+    if environment["base_model"]["sha256"] != prepared.environment["base_model"]["sha256"]:
         raise DataError(f"model.source: {prepared.config.model.source} has other weights than when the run began")
 
 

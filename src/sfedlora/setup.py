@@ -100,8 +100,9 @@ def prepare(config: RunConfig) -> Prepared:
     resolved = _resolve(config, base, method, device, len(splits))
     initial = _initial_a(resolved, method, splits, resident)
     scaling_clients = _scaling_clients(resolved, initial, len(splits))
-    external = _external(resolved, base, label_names)
-    federation = _federation(resolved, method, data, splits, resident, base, initial, scaling_clients, external)
+    external = _external(resolved)
+    encoded = {split: encode_examples(resolved, rows, base.tokenizer, label_names) for split, rows in external.items()}
+    federation = _federation(resolved, method, data, splits, resident, base, initial, scaling_clients, encoded)
     return Prepared(
         resolved,
         federation,
@@ -109,7 +110,8 @@ def prepare(config: RunConfig) -> Prepared:
         label_names,
         scaling_clients,
         _partition_record(examples, splits),
-        _environment(resolved, base, initial, scaling_clients, federation.scaling),
+        _environment(resolved, base, initial, scaling_clients, federation.scaling)
+        | {"external_sha256": {split: rows.sha256 for split, rows in external.items()}},
     )
 
 
@@ -363,13 +365,10 @@ def _initial_adapter(resident: ResidentModel, initial: InitialA) -> dict[str, Te
     return {**before, **initial.tensors, **zeros}
 
 
-def _external(config: RunConfig, base: BaseModel, label_names: Sequence[str]) -> dict[str, EncodedData]:
+def _external(config: RunConfig) -> dict[str, Examples]:
+    """The rows of the further validation and test files, where there are some."""
     sources = {"validation": config.data.validation, "test": config.data.test}
-    external: dict[str, EncodedData] = {}
-    for split, source in sources.items():
-        if source is not None:
-            external[split] = encode_examples(config, load_source(config, source), base.tokenizer, label_names)
-    return external
+    return {split: load_source(config, source) for split, source in sources.items() if source is not None}
 
 
 def _evaluated(config: RunConfig) -> Literal["all", "cohort"] | int:
