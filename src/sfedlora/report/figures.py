@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sfedlora.errors import InputError
 from sfedlora.report.load import CellRecord, RunRecord, cell_of_run, load_cells, load_run, lookup, number, run_points
 from sfedlora.report.plotting import Panel, draw_panels
-from sfedlora.report.series import CLIENTS, RANK, Line, line_of_points, lines_against, lines_by_round
+from sfedlora.report.series import (
+    CLIENTS,
+    RANK,
+    Line,
+    by_size,
+    line_of_points,
+    lines_against,
+    lines_by_round,
+    run_label,
+    varying_keys,
+)
 
 __all__ = ["draw_comparison", "draw_directories", "draw_run"]
 
@@ -20,6 +29,7 @@ METRICS = {
     "accuracy": "accuracy on validation",
     "macro_f1": "macro-F1 on validation",
 }
+ROWS_PER_PAGE = 4
 GRADIENT = "gradient norm of B at the first step"
 
 
@@ -38,9 +48,9 @@ def draw_run(run_dir: Path) -> list[Path]:
         StorageError: a figure cannot be written.
     """
     run = load_run(run_dir)
-    out_dir, name = run_dir / "figures", run_dir.resolve().name
+    out_dir, name = run_dir / "figures", run_label(run.settings)
     metrics = [
-        Panel(label.split(" (")[0], "round", label, [line])
+        Panel("mean over clients", "round", label, [line])
         for key, label in METRICS.items()
         if (line := _run_line(run, key, "mean over clients", positive=False)).points
     ]
@@ -51,8 +61,8 @@ def draw_run(run_dir: Path) -> list[Path]:
     shown = [line for line in norms if line.points]
     gradient = Panel("gradient norm at the first step of a round", "round", "L2 norm", shown, log_y=True)
     drawn = [
-        draw_panels(metrics, f"{name}: evaluation per round", out_dir / "metrics.png"),
-        draw_panels([gradient], f"{name}: gradients per round", out_dir / "gradients.png"),
+        draw_panels([metrics], f"{name}: evaluation per round", out_dir / "metrics.png"),
+        draw_panels([[gradient]], f"{name}: gradients per round", out_dir / "gradients.png"),
     ]
     return [path for path in drawn if path is not None]
 
@@ -65,7 +75,8 @@ def draw_comparison(cells: Sequence[CellRecord], out_dir: Path) -> list[Path]:
         out_dir: folder for the files, made if needed.
 
     Returns:
-        The files written: `rounds.png`, `rank.png`, `clients.png`, each only if it has something to show.
+        The files written: `rounds.png` (`rounds-2.png`, ... where there are many sizes), `rank.png`, `clients.png`,
+        each only if it has something to show.
 
     Raises:
         InputError: no cells, or matplotlib is missing.
@@ -76,10 +87,14 @@ def draw_comparison(cells: Sequence[CellRecord], out_dir: Path) -> list[Path]:
         raise InputError("nothing to compare: no cells were given")
     runs = {cell.run_dir: load_run(cell.run_dir) for cell in cells if (cell.run_dir / "config.yaml").is_file()}
     metric = _main_metric(cells)
-    drawn = [draw_panels(_round_panels(cells, runs, metric), "Every cell, round by round", out_dir / "rounds.png")]
+    rows = _round_rows(cells, runs, metric)
+    drawn: list[Path | None] = []
+    for page, start in enumerate(range(0, len(rows), ROWS_PER_PAGE), start=1):
+        name = "rounds.png" if page == 1 else f"rounds-{page}.png"
+        drawn.append(draw_panels(rows[start : start + ROWS_PER_PAGE], "Every cell, round by round", out_dir / name))
     for key, x_label, name in ((RANK, "rank r", "rank"), (CLIENTS, "number of clients N", "clients")):
         panels = _size_panels(key, x_label, cells, runs, metric)
-        drawn.append(draw_panels(panels, f"Dependence on the {x_label}", out_dir / f"{name}.png"))
+        drawn.append(draw_panels([panels], f"Dependence on the {x_label}", out_dir / f"{name}.png"))
     return [path for path in drawn if path is not None]
 
 
@@ -117,8 +132,8 @@ def draw_directories(directories: Sequence[Path], output: Path | None = None) ->
 
 
 def _run_line(run: RunRecord, key: str, label: str, *, positive: bool) -> Line:
-    points = [(float(x), y) for x, y in run_points(run, key) if y > 0 or not positive]
-    return line_of_points(label, label, [points])
+    points = _points(run, key, positive=positive)
+    return line_of_points(label, "", [points])
 
 
 def _main_metric(cells: Sequence[CellRecord]) -> str:
@@ -126,45 +141,51 @@ def _main_metric(cells: Sequence[CellRecord]) -> str:
     return "accuracy" if any(number(value) is not None for value in measured) else "eval_loss"
 
 
-def _round_panels(cells: Sequence[CellRecord], runs: dict[Path, RunRecord], metric: str) -> list[Panel]:
-    def points(key: str, *, positive: bool) -> Callable[[CellRecord], Sequence[tuple[float, float]]]:
-        def of_cell(cell: CellRecord) -> list[tuple[float, float]]:
-            run = runs.get(cell.run_dir)
-            return [(float(x), y) for x, y in run_points(run, key) if y > 0 or not positive] if run else []
+def _round_rows(cells: Sequence[CellRecord], runs: Mapping[Path, RunRecord], metric: str) -> list[list[Panel]]:
+    """One row per size: the metric and the gradient norm of B."""
 
-        return of_cell
+    def metric_points(cell: CellRecord) -> list[tuple[float, float]]:
+        return _points(runs.get(cell.run_dir), metric, positive=False)
 
-    lines = lines_by_round(cells, points(metric, positive=False))
-    norms = lines_by_round(cells, points("grad_norm_b", positive=True))
-    return [
-        Panel("evaluation, mean over clients", "round", METRICS[metric], lines),
-        Panel("collapse or not", "round", GRADIENT, norms, log_y=True),
-    ]
+    def gradient_points(cell: CellRecord) -> list[tuple[float, float]]:
+        return _points(runs.get(cell.run_dir), "grad_norm_b", positive=True)
+
+    varying = varying_keys(cells)
+    rows = []
+    for size, members in by_size(cells, varying).items():
+        at = f": {size}" if size else ""
+        lines, norms = (lines_by_round(members, varying, points) for points in (metric_points, gradient_points))
+        rows.append(
+            [
+                Panel(f"mean over clients{at}", "round", METRICS[metric], lines),
+                Panel(f"gradient of B{at}", "round", GRADIENT, norms, log_y=True),
+            ]
+        )
+    return rows
 
 
 def _size_panels(
-    key: str, x_label: str, cells: Sequence[CellRecord], runs: dict[Path, RunRecord], metric: str
+    key: str, x_label: str, cells: Sequence[CellRecord], runs: Mapping[Path, RunRecord], metric: str
 ) -> list[Panel]:
     def final(cell: CellRecord) -> float | None:
         return number(lookup(cell.summary, "last", "validation", "weighted", metric))
 
-    def gradient(cell: CellRecord) -> float | None:
-        run = runs.get(cell.run_dir)
-        at = dict(run_points(run, "grad_norm_b")).get(GRADIENT_ROUND) if run else None
-        return at if at is not None and at > 0 else None
+    def change(cell: CellRecord) -> float | None:
+        end, start = final(cell), number(lookup(cell.summary, "initial", "validation", "weighted", metric))
+        return end - start if end is not None and start is not None else None
 
-    norms = [_with_slope(line) for line in lines_against(key, cells, gradient)]
+    def gradient(cell: CellRecord) -> float | None:
+        return dict(_points(runs.get(cell.run_dir), "grad_norm_b", positive=True)).get(GRADIENT_ROUND)
+
+    ends, changes, norms = (lines_against(key, cells, value) for value in (final, change, gradient))
     return [
-        Panel("after the last round", x_label, METRICS[metric], lines_against(key, cells, final), log_x=True),
-        Panel(f"round {GRADIENT_ROUND}", x_label, GRADIENT, norms, log_x=True, log_y=True),
+        Panel("after the last round", x_label, METRICS[metric], ends, log_x=True),
+        Panel("change since the start", x_label, f"change of {METRICS[metric]}", changes, log_x=True),
+        Panel(f"gradient of B in round {GRADIENT_ROUND}", x_label, GRADIENT, norms, log_x=True, log_y=True),
     ]
 
 
-def _with_slope(line: Line) -> Line:
-    """Add the least-squares slope in log-log coordinates to the label, from three points on."""
-    if len(line.points) < 3:
-        return line
-    xs, ys = [math.log(point[0]) for point in line.points], [math.log(point[1]) for point in line.points]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
-    return Line(f"{line.label} (slope {slope:+.2f})", line.method, line.points)
+def _points(run: RunRecord | None, key: str, *, positive: bool) -> list[tuple[float, float]]:
+    """(round, value) of one metric; with `positive` only what a logarithmic axis can show."""
+    points = run_points(run, key) if run is not None else []
+    return [(float(at), value) for at, value in points if value > 0 or not positive]

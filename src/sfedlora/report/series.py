@@ -10,7 +10,19 @@ from typing import Any
 
 from sfedlora.report.load import CellRecord
 
-__all__ = ["CLIENTS", "RANK", "SEED", "Line", "line_of_points", "lines_against", "method_label", "varying_keys"]
+__all__ = [
+    "CLIENTS",
+    "RANK",
+    "SEED",
+    "Line",
+    "by_size",
+    "line_of_points",
+    "lines_against",
+    "lines_by_round",
+    "method_label",
+    "run_label",
+    "varying_keys",
+]
 
 RANK, CLIENTS, SEED = "lora.rank", "partition.num_clients", "seed"
 # Follow from other settings, or do not change what is computed: never part of a label.
@@ -23,13 +35,13 @@ class Line:
     """One line of a figure.
 
     Attributes:
-        label: how the legend calls it.
-        method: the part of the label that decides its colour.
+        method: scaling, initialisation and what else differs; decides the colour.
+        size: the rank or the number of clients where several are drawn, else empty; decides dash and marker.
         points: (x, mean, lowest, highest) over seeds, by x.
     """
 
-    label: str
     method: str
+    size: str
     points: tuple[tuple[float, float, float, float], ...]
 
 
@@ -53,23 +65,38 @@ def method_label(settings: Mapping[str, Any], varying: Sequence[str]) -> str:
     return (prefix + ", ".join(parts)) or "run"
 
 
-def line_of_points(label: str, method: str, runs: Iterable[Iterable[tuple[float, float]]]) -> Line:
+def run_label(settings: Mapping[str, Any]) -> str:
+    """What one run is, for a title: `fedsa: sfed, independent init, r = 8, N = 4`."""
+    sizes = [_setting(key, settings[key]) for key in (RANK, CLIENTS) if settings.get(key) is not None]
+    return ", ".join([method_label(settings, ["method.name"]), *sizes])
+
+
+def line_of_points(method: str, size: str, runs: Iterable[Iterable[tuple[float, float]]]) -> Line:
     """Join the points of several seeds: mean, lowest and highest value at each x."""
     at: defaultdict[float, list[float]] = defaultdict(list)
     for points in runs:
         for x, value in points:
             at[x].append(value)
     joined = tuple((x, fmean(values), min(values), max(values)) for x, values in sorted(at.items()))
-    return Line(label, method, joined)
+    return Line(method, size, joined)
 
 
 def lines_by_round(
-    cells: Sequence[CellRecord], points: Callable[[CellRecord], Sequence[tuple[float, float]]]
+    cells: Sequence[CellRecord],
+    varying: Sequence[str],
+    points: Callable[[CellRecord], Sequence[tuple[float, float]]],
 ) -> list[Line]:
-    """One line per cell, seeds joined."""
-    varying = varying_keys(cells)
+    """One line per method over cells of one size, seeds joined; `varying` is what differs in the whole comparison."""
+    return _group(cells, varying, [], points)
+
+
+def by_size(cells: Sequence[CellRecord], varying: Sequence[str]) -> dict[str, list[CellRecord]]:
+    """The cells of each rank and number of clients, small ones first; the key names what varies: `r = 8, N = 4`."""
     sizes = [key for key in (RANK, CLIENTS) if key in varying]
-    return _group(cells, varying, sizes, points)
+    groups: dict[str, list[CellRecord]] = {}
+    for cell in sorted(cells, key=lambda cell: [_order(cell.settings.get(key)) for key in sizes]):
+        groups.setdefault(_size_label(cell, sizes), []).append(cell)
+    return groups
 
 
 def lines_against(key: str, cells: Sequence[CellRecord], value: Callable[[CellRecord], float | None]) -> list[Line]:
@@ -82,8 +109,7 @@ def lines_against(key: str, cells: Sequence[CellRecord], value: Callable[[CellRe
 
     def points(cell: CellRecord) -> list[tuple[float, float]]:
         x, y = cell.settings.get(key), value(cell)
-        usable = isinstance(x, int) and x > 0 and y is not None
-        return [(float(x), y)] if usable and isinstance(x, int) and y is not None else []
+        return [(float(x), y)] if isinstance(x, int) and x > 0 and y is not None else []
 
     return [line for line in _group(cells, varying, sizes, points) if len(line.points) > 1]
 
@@ -94,16 +120,22 @@ def _group(
     sizes: Sequence[str],
     points: Callable[[CellRecord], Sequence[tuple[float, float]]],
 ) -> list[Line]:
+    methods = dict.fromkeys(method_label(cell.settings, varying) for cell in cells)
     groups: dict[tuple[str, str], list[CellRecord]] = {}
-    for cell in cells:
-        method = method_label(cell.settings, varying)
-        size = ", ".join(_setting(key, cell.settings.get(key)) for key in sizes)
-        groups.setdefault((method, size), []).append(cell)
-    lines = [
-        line_of_points(f"{method}, {size}" if size else method, method, [points(cell) for cell in members])
-        for (method, size), members in groups.items()
-    ]
-    return [line for line in lines if line.points]
+    for size, members in by_size(cells, sizes).items():
+        for cell in members:
+            groups.setdefault((method_label(cell.settings, varying), size), []).append(cell)
+    lines = [line_of_points(method, size, [points(cell) for cell in group]) for (method, size), group in groups.items()]
+    return sorted((line for line in lines if line.points), key=lambda line: list(methods).index(line.method))
+
+
+def _size_label(cell: CellRecord, sizes: Sequence[str]) -> str:
+    return ", ".join(_setting(key, cell.settings.get(key)) for key in sizes)
+
+
+def _order(size: Any) -> tuple[bool, float]:
+    is_number = isinstance(size, int | float)
+    return (not is_number, float(size) if is_number else 0.0)
 
 
 def _setting(key: str, value: Any) -> str:

@@ -1,0 +1,124 @@
+"""Figures as files: which are drawn from which directories, that they hold a picture, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfedlora.errors import DataError, InputError, StorageError
+from sfedlora.report import draw_comparison, draw_directories, draw_run, load_cells
+from support.run_files import write_run
+
+
+def ink(path: Path) -> float:
+    """Share of pixels that are not white."""
+    with Image.open(path) as image:
+        return float((np.asarray(image.convert("L")) < 250).mean())
+
+
+def write_comparison(
+    folder: Path, *, ranks: tuple[int, ...] = (8, 32), clients: tuple[int, ...] = (2, 4), seeds: tuple[int, ...] = (0,)
+) -> Path:
+    lines = []
+    for scaling, rank, count, seed in itertools.product(("sfed", "lora"), ranks, clients, seeds):
+        norm = 1.0 if scaling == "sfed" else (rank * count) ** -0.5
+        run = write_run(
+            folder / f"{scaling}-{rank}-{count}-{seed}",
+            losses=[3.0 - 0.1 * norm, 2.9 - 0.2 * norm],
+            norms=[norm, norm],
+            initial=3.1,
+            scaling=scaling,
+            rank=rank,
+            num_clients=count,
+            seed=seed,
+        )
+        settings = {
+            "lora.scaling": scaling,
+            "lora.init": "independent",
+            "lora.rank": rank,
+            "partition.num_clients": count,
+            "seed": seed,
+        }
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        lines.append({"cell": run.name, "settings": settings, "run_dir": str(run), "summary": summary})
+    results = folder / "results.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def test_a_run_gets_metrics_and_gradients(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", losses=[3.0, 2.5], norms=[1.0, 0.5], initial=3.5)
+    figures = draw_run(path)
+    assert figures == [path / "figures" / "metrics.png", path / "figures" / "gradients.png"]
+    assert all(0.01 < ink(figure) < 0.5 for figure in figures)
+
+
+def test_a_run_without_gradients_has_no_gradient_figure(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", losses=[3.0], norms=[0.0], initial=None)
+    assert [figure.name for figure in draw_run(path)] == ["metrics.png"]
+
+
+def test_a_comparison_is_drawn_per_round_against_rank_and_against_clients(tmp_path: Path) -> None:
+    figures = draw_directories([write_comparison(tmp_path / "grid", seeds=(0, 1))])
+    assert [figure.name for figure in figures] == ["rounds.png", "rank.png", "clients.png"]
+    assert all(0.01 < ink(figure) < 0.5 for figure in figures)
+
+
+def test_axes_without_data_are_not_drawn(tmp_path: Path) -> None:
+    one_size = write_comparison(tmp_path / "one", ranks=(8,), clients=(2,))
+    assert [figure.name for figure in draw_directories([one_size])] == ["rounds.png"]
+    only_ranks = write_comparison(tmp_path / "ranks", clients=(2,))
+    assert [figure.name for figure in draw_directories([only_ranks], tmp_path / "out")] == ["rounds.png", "rank.png"]
+    assert (tmp_path / "out" / "rank.png").is_file()
+
+
+def test_many_sizes_go_to_several_pages(tmp_path: Path) -> None:
+    grid = write_comparison(tmp_path / "grid", ranks=(1, 2, 4, 8, 16), clients=(2,))
+    assert [figure.name for figure in draw_directories([grid])] == ["rounds.png", "rounds-2.png", "rank.png"]
+
+
+def test_several_runs_are_compared_without_results(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, losses=[3.0, 2.0], norms=[1.0, 1.0], initial=3.5, scaling=name)
+        for name in ("lora", "sfed")
+    ]
+    assert tmp_path / "figures" / "rounds.png" in draw_directories(runs)
+
+
+def test_cells_whose_runs_are_gone_keep_the_figures_from_their_summaries(tmp_path: Path) -> None:
+    cells = load_cells(write_comparison(tmp_path / "grid") / "results.jsonl")
+    for cell in cells:
+        (cell.run_dir / "config.yaml").unlink()
+    assert [figure.name for figure in draw_comparison(cells, tmp_path / "out")] == ["rank.png", "clients.png"]
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no cells"):
+        draw_comparison([], tmp_path)
+    with pytest.raises(InputError, match="no directory was given"):
+        draw_directories([])
+    with pytest.raises(InputError, match="no run directory"):
+        draw_directories([tmp_path])
+    (tmp_path / "results.jsonl").write_text("{\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 1"):
+        draw_directories([tmp_path])
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", losses=[3.0], norms=[1.0], initial=None)
+    (path / "figures").write_text("in the way", encoding="utf-8")
+    with pytest.raises(StorageError, match="figures"):
+        draw_run(path)
+
+
+def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_run(tmp_path / "run", losses=[3.0], norms=[1.0], initial=None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"pip install 'sfedlora\[report\]'"):
+        draw_run(path)
