@@ -88,6 +88,17 @@ def test_like_lengths_share_a_batch_and_batches_come_in_random_order() -> None:
     assert len(orders) == 6
 
 
+def test_short_rounds_draw_from_a_wider_window() -> None:
+    lengths = np.concatenate([np.full(72, 3), np.full(8, 50)])
+    longs = set()
+    for seed in range(60):
+        ((batch,),) = plan_local_batches(
+            lengths, range(80), batch_size=8, local_steps=1, local_epochs=None, accumulation=1, seed=seed
+        )
+        longs.add(int((lengths[batch] == 50).sum()))
+    assert longs == {0, 8}  # a window of 8 examples would mix short and long ones
+
+
 def test_every_example_has_its_turn() -> None:
     lengths = np.arange(1, 41)
     counts: Counter[int] = Counter()

@@ -47,6 +47,10 @@ def as_csv(path: Path) -> str:
     return write(path / "rows.csv", '\ufeffprompt,response\r\none,eins\r\ntwo\u2028lines,"zwei, ""2"""\r\n')
 
 
+def as_csv_after_blank_lines(path: Path) -> str:
+    return write(path / "blank.csv", '\n\nprompt,response\none,eins\n\ntwo\u2028lines,"zwei, ""2"""')
+
+
 def as_tsv(path: Path) -> str:
     return write(path / "rows.tsv", 'prompt\tresponse\none\teins\ntwo\u2028lines\t"zwei, ""2"""\n')
 
@@ -60,7 +64,9 @@ def as_yaml(path: Path) -> str:
     return write(path / "rows.yml", json.dumps({"conversations": [list(row.values()) for row in ROWS]}))
 
 
-@pytest.mark.parametrize("make", [as_jsonl, as_json, as_json_lines_in_json, as_csv, as_tsv, as_parquet, as_yaml])
+@pytest.mark.parametrize(
+    "make", [as_jsonl, as_json, as_json_lines_in_json, as_csv, as_csv_after_blank_lines, as_tsv, as_parquet, as_yaml]
+)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, make: Callable[[Path], str]) -> None:
     source = make(tmp_path)
     examples = load_examples(source)
@@ -155,6 +161,7 @@ def test_missing_key_is_none(tmp_path: Path) -> None:
         ("rows.xlsx", b"PK", "unknown kind of file '.xlsx'; expected .jsonl"),
         ("bad.yml", b"conversations: [[a, b]\n- c", "line 2 is not valid YAML"),
         ("other.yml", b"a: 1", "expected a key 'conversations'"),
+        ("deep.yml", b"conversations: " + b"[" * 5000, "not valid YAML"),
         ("control.yml", b"conversations:\n- - a\x00\n", "not valid YAML"),
     ],
 )

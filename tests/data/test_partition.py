@@ -226,6 +226,8 @@ def test_missing_labels() -> None:
     for scheme in ("dirichlet", "shards", "column"):
         with pytest.raises(DataError, match=f"{scheme}' needs class labels or a column"):
             assign_clients(scheme=scheme, num_rows=90, num_clients=2, concentration=1.0)
+    with pytest.raises(DataError, match="2 groups for 90 rows; expected one group per row"):
+        assign_clients(scheme="iid", num_rows=90, num_clients=2, groups=["a", "b"])
     with pytest.raises(DataError, match="3 labels for 90 rows"):
         assign_clients(scheme="shards", num_rows=90, num_clients=2, labels_or_column=[0, 1, 2])
 

@@ -79,6 +79,8 @@ def test_refused() -> None:
         split_client(range(4), client_id="ann", seed=0, groups=["a", "a", "b", "b"])
     with pytest.raises(DataError, match="the group of row 1 is missing"):
         split_client(range(4), client_id="ann", seed=0, groups=["a", None, "b", "b"])
+    with pytest.raises(DataError, match=r"the group of row 0 is \['a'\], not text or an integer"):
+        split_client(range(4), client_id="ann", seed=0, groups=[["a"], "b", "c", "d"])
     for fractions in ((0.5, 0.5, 0.0), (0.5, 0.4, 0.2), (1.2, -0.1, -0.1), (float("nan"), 0.5, 0.5)):
         with pytest.raises(ConfigError, match="expected three positive numbers that add up to 1"):
             split_client(range(9), fractions=fractions, client_id="ann", seed=0)

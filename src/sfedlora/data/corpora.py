@@ -133,7 +133,7 @@ def _conversation_rows(file: Path) -> list[dict[str, str]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else "?"
         raise DataError(f"{file}: line {line} is not valid YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict) or not isinstance(content.get("conversations"), list):
         raise DataError(f"{file}: expected a key 'conversations' with a list of conversations (lists of turns)")

@@ -101,7 +101,7 @@ def _parse_delimited(text: str, path: Path, delimiter: str) -> dict[str, Sequenc
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header = next(reader)
+        header = next(row for row in reader if row)
         _check_header(header, path)
         rows: list[list[str]] = []
         for row in reader:

@@ -107,6 +107,8 @@ def assign_clients(
     """
     if scheme not in ("iid", "dirichlet", "column", "shards", "quantity"):
         raise ConfigError(f"unknown partition scheme {scheme!r}; expected iid, dirichlet, column, shards or quantity")
+    if groups is not None and len(groups) != num_rows:
+        raise DataError(f"{len(groups)} groups for {num_rows} rows; expected one group per row")
     least = max(min_examples, SMALLEST_CLIENT)
     if scheme == "column":
         return _by_column(_label_values(labels_or_column, num_rows, scheme), num_clients, least, groups)
@@ -153,7 +155,10 @@ def _by_column(
     rows_of: dict[str, list[int]] = {}
     for row, value in enumerate(values):
         rows_of.setdefault(str(value), []).append(row)
-    num_units = {name: _num_units(rows, groups) for name, rows in rows_of.items()}
+    num_units = {
+        name: len(rows) if groups is None else len(group_rows(np.array(rows, dtype=np.int64), groups))
+        for name, rows in rows_of.items()
+    }
     kept = [name for name in rows_of if len(rows_of[name]) >= least and num_units[name] >= SMALLEST_CLIENT]
     if len(kept) < max(2, num_clients or 0):
         raise DataError(
@@ -166,10 +171,6 @@ def _by_column(
     numeric = all(isinstance(value, int) for value in values)
     ordered = sorted(largest, key=int) if numeric else sorted(largest)
     return {name: np.array(rows_of[name], dtype=np.int64) for name in ordered}
-
-
-def _num_units(rows: Sequence[int], groups: Sequence[Any] | None) -> int:
-    return len(rows) if groups is None else len({groups[row] for row in rows})
 
 
 def _note_left_out(sizes: Mapping[str, int], least: int) -> None:

@@ -78,13 +78,15 @@ def group_rows(rows: Rows, groups: Sequence[Any]) -> list[Rows]:
         groups: one value per row of the whole source (indexed by row).
 
     Raises:
-        DataError: a row without a group.
+        DataError: a row whose group is missing or neither text nor an integer.
     """
-    members: dict[Any, list[int]] = {}
+    members: dict[int | str, list[int]] = {}
     for row in rows.tolist():
-        if groups[row] is None:
-            raise DataError(f"the group of row {row} is missing; fill the group column or leave it out")
-        members.setdefault(groups[row], []).append(row)
+        group = groups[row]
+        if not isinstance(group, int | str):
+            what = "missing" if group is None else f"{group!r}, not text or an integer"
+            raise DataError(f"the group of row {row} is {what}; fill the group column or do without groups")
+        members.setdefault(group, []).append(row)
     return [np.array(group, dtype=np.int64) for group in members.values()]
 
 
