@@ -55,7 +55,7 @@ demo: $(VENV)/.run $(VENV)/.chat
 demo-sentiment: $(VENV)/.run $(VENV)/.minilm $(VADER)
 	tar --extract --gzip --file $(VADER) --directory $(DATA) --strip-components 2 \
 	  vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz
-	$(BIN)/sfedlora demo --task sentiment --data $(DATA)/hutto_ICWSM_2014.tar.gz
+	$(BIN)/sfedlora demo --task sentiment --data-dir $(DATA)
 
 test: $(VENV)/.dev $(VENV)/.minilm
 	$(BIN)/python -m pytest
