@@ -69,18 +69,19 @@ class RunDirectory:
         """Make a new run directory with what is fixed before round 1; config.yaml last, since it marks a run.
 
         Raises:
-            ConfigError: the path is a file or a folder that is not empty.
-            StorageError: it cannot be made; nothing stays behind.
+            ConfigError: the path is a file or a folder that is not empty, or cannot be made.
+            StorageError: a file cannot be written; nothing stays behind.
         """
         cls.check_free(path)
         existed = path.is_dir()
         try:
             path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output: {path} cannot be made ({error.strerror}); choose another output") from None
+        try:
             write_json(path / "environment.json", environment)
             write_json(path / "partition.json", partition)
             write_text(path / "config.yaml", config.dump())
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be made ({error.strerror})") from None
         except StorageError:
             for left in path.iterdir():
                 left.unlink()

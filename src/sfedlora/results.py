@@ -66,7 +66,7 @@ def evaluate_file(
     chosen = sorted(prepared.federation.splits) if clients is None else list(clients)
     _require_clients(chosen, prepared.federation.splits)
     examples = load_source(prepared.config, source)
-    encoded = encode_examples(prepared.config, examples, prepared.base.tokenizer, prepared.label_names)
+    encoded = encode_examples(prepared.config, examples, prepared.base, prepared.label_names)
     federation = replace(prepared.federation, external={"test": encoded})
     means = evaluate_external(federation, state, chosen, "test")["external_test"]
     return {"round_num": state.server.round_num, "data": source, "num_examples": len(encoded), "unweighted": means}

@@ -31,6 +31,7 @@ from sfedlora.federation.sampling import sample_cohort
 from sfedlora.federation.state import POOLED_ID, Federation, RoundSettings
 from sfedlora.lora.base_model import BaseModel, load_base_model
 from sfedlora.lora.inject import ResidentModel, adapt
+from sfedlora.lora.limits import input_limits
 from sfedlora.lora.scaling import effective_clients, scaling_factor
 from sfedlora.methods import Method, client_weights, make_method
 from sfedlora.seeds import derive_seed
@@ -86,7 +87,7 @@ def prepare(config: RunConfig) -> Prepared:
         label_names=label_names or None,
         seed=derive_seed(config.seed, "new_weights"),
     )
-    data = encode_examples(config, examples, base.tokenizer, label_names)
+    data = encode_examples(config, examples, base, label_names)
     splits = _partition(config, examples, data)
     resident = adapt(
         base.model,
@@ -101,7 +102,7 @@ def prepare(config: RunConfig) -> Prepared:
     initial = _initial_a(resolved, method, splits, resident)
     scaling_clients = _scaling_clients(resolved, initial, len(splits))
     external = _external(resolved)
-    encoded = {split: encode_examples(resolved, rows, base.tokenizer, label_names) for split, rows in external.items()}
+    encoded = {split: encode_examples(resolved, rows, base, label_names) for split, rows in external.items()}
     federation = _federation(resolved, method, data, splits, resident, base, initial, scaling_clients, encoded)
     return Prepared(
         resolved,
@@ -121,10 +122,32 @@ def load_source(config: RunConfig, source: str) -> Examples:
     return load_examples(source, subset=config.data.subset if is_main else None, split=config.data.hub_split)
 
 
-def encode_examples(
+def encode_examples(config: RunConfig, examples: Examples, base: BaseModel, label_names: Sequence[str]) -> EncodedData:
+    """Token ids of the rows, by the run's task, columns and template.
+
+    Raises:
+        DataError: a column or a row cannot be used.
+        ConfigError: rows are longer than the model can read, or their ids are not the model's.
+    """
+    encoded = _encode(config, examples, base.tokenizer, label_names)
+    limits = input_limits(base.model)
+    longest = int(encoded.lengths.max())
+    if limits.max_tokens is not None and longest > limits.max_tokens:
+        raise ConfigError(
+            f"data.max_length: {config.data.max_length} lets an example of {longest} tokens through, but "
+            f"{config.model.source} reads at most {limits.max_tokens}; lower data.max_length"
+        )
+    if int(encoded.tokens.max()) >= limits.num_embeddings:
+        raise ConfigError(
+            f"model.source: the tokenizer of {config.model.source} gives token id {int(encoded.tokens.max())}, but the "
+            f"model has {limits.num_embeddings} embeddings; the tokenizer belongs to another model"
+        )
+    return encoded
+
+
+def _encode(
     config: RunConfig, examples: Examples, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str]
 ) -> EncodedData:
-    """Token ids of the rows, by the run's task, columns and template."""
     if config.model.task == "causal-lm":
         return encode_causal(
             examples,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import yaml
 
 from sfedlora.cli import main
 
-__all__ = ["Outcome", "TINY", "command", "sfedlora", "start", "write_config"]
+__all__ = ["TINY", "Outcome", "command", "sfedlora", "start", "write_config"]
 
 TINY: Mapping[str, object] = {
     "preset": "sfed-lora",

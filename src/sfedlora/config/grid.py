@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfedlora.config.presets import PRESETS
-from sfedlora.config.run_config import RunConfig, apply_overrides
+from sfedlora.config.run_config import RunConfig, with_overrides
 from sfedlora.config.yaml_file import read_yaml
 from sfedlora.data.directories import safe_directory_name
 from sfedlora.errors import ConfigError
@@ -83,9 +83,10 @@ def make_cells(config_path: Path, overrides: Sequence[str], axes: Sequence[Axis]
         name = ",".join(f"{axis}={value}" for axis, (value, _) in zip(names, combination, strict=True)) or "run"
         settings = [override for _, own in combination for override in own]
         folder = output / safe_directory_name(name)
-        values = apply_overrides(document.values, [*overrides, *settings]) | {"output": str(folder)}
+        origin = with_overrides(document, [*overrides, *settings])
+        values = {**origin.values, "output": str(folder)}
         try:
-            cells.append(Cell(name, RunConfig.from_mapping(values, origin=document, name=str(config_path))))
+            cells.append(Cell(name, RunConfig.from_mapping(values, origin=origin, name=str(config_path))))
         except ConfigError as error:
             raise ConfigError(f"cell {name}: {error}") from None
     return cells

@@ -29,8 +29,12 @@ from sfedlora.config.sections import (
 from sfedlora.config.yaml_file import Document, dump_yaml, parse_scalar, read_yaml
 from sfedlora.errors import ConfigError
 
-__all__ = ["RunConfig", "apply_overrides"]
+__all__ = ["RunConfig", "apply_overrides", "with_overrides"]
 
+OVERRIDE_LINE = 0
+"""Stands for the command line among the lines of a file."""
+LONGEST_VALUE = 120
+"""Characters of a wrong value that a message repeats."""
 AVERAGING_METHODS = ("fedsa", "fedit", "ffa")
 
 
@@ -70,8 +74,8 @@ class RunConfig(Section):
         Raises:
             ConfigError: one message that names the key, its line, what was given and what was expected.
         """
-        document = read_yaml(Path(path))
-        return cls.from_mapping(apply_overrides(document.values, overrides), origin=document, name=str(path))
+        document = with_overrides(read_yaml(Path(path)), overrides)
+        return cls.from_mapping(document.values, origin=document, name=str(path))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, origin: Document | None = None, name: str = "config") -> Self:
@@ -130,6 +134,16 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return result
 
 
+def with_overrides(document: Document, overrides: Sequence[str]) -> Document:
+    """A document with `apply_overrides` applied; messages about those keys then name no line of the file."""
+    values = apply_overrides(document.values, overrides)
+    given = [override.partition("=")[0].strip() for override in overrides]
+    lines = {
+        key: line for key, line in document.lines.items() if not any(key == g or key.startswith(f"{g}.") for g in given)
+    }
+    return Document(values, lines | dict.fromkeys(given, OVERRIDE_LINE))
+
+
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
@@ -151,7 +165,8 @@ def _with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return values
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(
-            f"preset: unknown preset {preset!r};{_did_you_mean(str(preset), PRESETS)} choose one of {', '.join(PRESETS)}"
+            f"preset: unknown preset {_shown(preset)};{_did_you_mean(str(preset), PRESETS)} choose one of "
+            f"{', '.join(PRESETS)}"
         )
     merged = dict(values)
     for section, defaults in PRESETS[preset].items():
@@ -183,7 +198,7 @@ def _explain_one(detail: Mapping[str, Any], origin: Document | None, name: str) 
         return f"{where}{dotted} is required but was not given"
     if detail["type"] == "value_error":
         return f"{where}{dotted + ': ' if dotted else ''}{message}"
-    return f"{where}{dotted}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+    return f"{where}{dotted}: {message[0].lower()}{message[1:]}, got {_shown(detail['input'])}"
 
 
 def _real_path(loc: Sequence[str | int]) -> list[str]:
@@ -212,5 +227,13 @@ def _keys_at(path: Sequence[str]) -> list[str]:
 def _line_of(dotted: str, origin: Document | None, name: str) -> str:
     if origin is None:
         return ""
-    line = origin.lines.get(dotted)
+    parents = [dotted.rsplit(".", cut)[0] for cut in range(dotted.count(".") + 1)]
+    line = next((origin.lines[key] for key in parents if key in origin.lines), None)
+    if line == OVERRIDE_LINE:
+        return "override "
     return f"{name}, line {line}: " if line else f"{name}: "
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

@@ -136,7 +136,7 @@ def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], name: st
     for key, value in node.value:
         dotted = f"{prefix}.{key.value}" if prefix else str(key.value)
         line = key.start_mark.line + 1
-        if lines.get(dotted, line) != line:
+        if dotted in lines:
             raise ConfigError(f"{name}, line {line}: {dotted} was already given on line {lines[dotted]}")
         lines[dotted] = line
         _collect_lines(value, dotted, lines, name, count)
