@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sfedlora.experiment import RunResult
 
-__all__ = ["print_comparison", "print_metrics", "print_run"]
+__all__ = ["print_comparison", "print_line", "print_run"]
 
 
 def print_run(result: RunResult) -> None:
@@ -23,9 +23,9 @@ def print_run(result: RunResult) -> None:
             table.add_row(name, str(entry.get("round_num", 0)), split, *values)
     console = Console()
     console.print(table)
-    print_metrics("best is chosen on validation; means over clients weighted by their examples", console)
-    print_metrics(f"run directory: {result.run_dir}", console)
-    print_metrics(f"adapters: {result.run_dir / 'adapters'} (load with peft.PeftModel.from_pretrained)", console)
+    print_line("best is chosen on validation; means over clients weighted by their examples", console)
+    print_line(f"run directory: {result.run_dir}", console)
+    print_line(f"adapters: {result.run_dir / 'adapters'} (load with peft.PeftModel.from_pretrained)", console)
 
 
 def print_comparison(lines: Sequence[Mapping[str, Any]]) -> None:
@@ -41,10 +41,10 @@ def print_comparison(lines: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(line["cell"], *row)
     console = Console()
     console.print(table)
-    print_metrics("metrics on the clients' test splits, weighted by examples; best is chosen on validation", console)
+    print_line("metrics on the clients' test splits, weighted by examples; best is chosen on validation", console)
 
 
-def print_metrics(text: str, console: Console | None = None) -> None:
+def print_line(text: str, console: Console | None = None) -> None:
     """One plain line on standard output."""
     (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
