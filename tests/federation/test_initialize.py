@@ -26,7 +26,10 @@ def equal(left: Tensors, right: Tensors) -> bool:
 
 def test_a_draw_depends_on_seed_owner_and_module_only() -> None:
     own = draw_a(LAYOUT, 4, seed=1, owner="a")
-    assert {name: tuple(tensor.shape) for name, tensor in own.items()} == {"a:first": (4, 64), "a:block.second": (4, 200)}
+    assert {name: tuple(tensor.shape) for name, tensor in own.items()} == {
+        "a:first": (4, 64),
+        "a:block.second": (4, 200),
+    }
     backwards = draw_a(AdapterLayout(LAYOUT.targets[::-1], {}), 4, seed=1, owner="a")
     assert all(backwards[name].equal(own[name]) for name in own)
     torch.manual_seed(0)

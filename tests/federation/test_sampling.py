@@ -32,7 +32,9 @@ def test_a_cohort_depends_on_seed_and_round_not_on_the_order_of_clients() -> Non
 
 
 def test_every_client_is_sampled_equally_often() -> None:
-    counts = Counter(client for round_num in range(1, 1201) for client in sample_cohort(IDS, 3, seed=1, round_num=round_num))
+    counts = Counter(
+        client for round_num in range(1, 1201) for client in sample_cohort(IDS, 3, seed=1, round_num=round_num)
+    )
     # 1200 draws with probability 1/4: mean 300, standard deviation 15; 5 of them.
     assert all(abs(counts[client] - 300) < 75 for client in IDS)
 

@@ -104,10 +104,11 @@ def splits_of(sizes: Mapping[str, int], *, held_out: int = 3) -> dict[str, Clien
 
 
 def adapted(task: Task = "causal-lm", *, rank: int = 4, dropout: float = 0.0, seed: int = 0) -> ResidentModel:
-    """The tiny Llama, or the tiny BERT with its head trained."""
+    """The tiny Llama, or the tiny BERT with its head trained; `dropout` is that of LoRA and of the head."""
     if task == "causal-lm":
         return adapt(tiny_llama(seed), target_modules=CAUSAL_TARGETS, rank=rank, dropout=dropout)
     model: PreTrainedModel = tiny_bert_classifier(seed)
+    model.dropout.p = dropout
     return adapt(model, target_modules=CLASSIFIER_TARGETS, rank=rank, dropout=dropout, head_modules=("classifier",))
 
 
