@@ -91,7 +91,7 @@ def test_a_complete_causal_model(llama_directory: Path, capfd: pytest.CaptureFix
 def test_a_padding_token_is_always_there(tmp_path: Path) -> None:
     without = load_base_model(str(save_tiny_checkpoint(tiny_llama(), tmp_path / "a")), task="causal-lm")
     assert (without.tokenizer.pad_token, without.model.config.pad_token_id) == ("</s>", 2)
-    with_own = save_tiny_checkpoint(tiny_llama(), tmp_path / "b", pad_token="<pad>")  # noqa: S106
+    with_own = save_tiny_checkpoint(tiny_llama(), tmp_path / "b", pad_token="<pad>")
     base = load_base_model(str(with_own), task="causal-lm")
     assert (base.tokenizer.pad_token, base.model.config.pad_token_id) == ("<pad>", 0)
 
@@ -167,6 +167,14 @@ def test_another_number_of_labels_draws_the_head_again(tmp_path: Path) -> None:
     assert base.new_modules == ("classifier",)
     assert base.model.classifier.out_proj.weight.shape == (5, 24)
     assert (base.model.classifier.out_proj.bias == 0).all()
+
+
+def test_every_drawn_parameter_has_its_own_draw(tmp_path: Path) -> None:
+    directory = save_tiny_checkpoint(tiny_roberta_classifier(), tmp_path)
+    edit_weights(directory, lambda tensors: [tensors.pop(key) for key in list(tensors) if "classifier" in key])
+    head = load_base_model(str(directory), task="sequence-classification", num_labels=24).model.classifier
+    assert head.dense.weight.shape == head.out_proj.weight.shape
+    assert not head.dense.weight.equal(head.out_proj.weight)
 
 
 def test_distilbert_names_both_head_modules(tmp_path: Path) -> None:
@@ -381,7 +389,7 @@ def test_weights_of_another_shape(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model(llama_directory: Path) -> None:
-    edit_json(llama_directory / "tokenizer_config.json", pad_token="<pad-that-is-new>")  # noqa: S106
+    edit_json(llama_directory / "tokenizer_config.json", pad_token="<pad-that-is-new>")
     with pytest.raises(ModelError, match="has id 67, the model only 67 embeddings"):
         load_base_model(str(llama_directory), task="causal-lm")
 

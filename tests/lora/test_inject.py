@@ -346,6 +346,14 @@ def test_models_without_such_layers_refuse_gradient_checkpointing() -> None:
         resident.enable_gradient_checkpointing()
 
 
+def test_head_modules_inside_a_bfloat16_encoder_return_its_dtype() -> None:
+    model = tiny_bert_classifier().to(torch.bfloat16)
+    resident = adapt(model, target_modules="default", rank=4, head_modules=["pooler", "classifier"])
+    output = resident.model.bert(input_ids=IDS)
+    assert output.last_hidden_state.dtype == output.pooler_output.dtype == torch.bfloat16
+    assert resident.model.bert.pooler.dense.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("build", [tiny_bert_classifier, tiny_roberta_classifier, tiny_llama_classifier])
 def test_a_float32_head_on_a_bfloat16_encoder(build: type) -> None:
     heads = {tiny_bert_classifier: ["pooler", "classifier"], tiny_llama_classifier: ["score"]}.get(
