@@ -176,6 +176,16 @@ class RunDirectory:
             return self.path / "adapters" / "shared"
         return self.path / "adapters" / "clients" / safe_directory_name(client_id)
 
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half written: temporary files, and adapters of an unfinished run."""
+        for path in [*self.path.glob(".*.tmp"), *self.path.glob("checkpoints/.*.tmp")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if not self.summary():
+            shutil.rmtree(self.path / "adapters", ignore_errors=True)
+
     # checkpoints
 
     def rounds_kept(self) -> list[int]:

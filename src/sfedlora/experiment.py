@@ -128,6 +128,7 @@ def resume_events(run_dir: Path) -> Iterator[RunEvent]:
     config = _with_output(directory.config(), run_dir)
     prepared = prepare(config)
     _require_same(directory, prepared)
+    directory.remove_leftovers()
     rounds = directory.rounds_kept()
     if rounds:
         checkpoint = directory.load_checkpoint(rounds[-1])

@@ -39,6 +39,6 @@ def tiny_tokenizer(
         )
     names = {"bos_token": "<bos>"} if bos else {}
     names |= {"eos_token": eos} if eos is not None else {}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", **names)  # noqa: S106 - no password
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", **names)
     tokenizer.chat_template = chat_template
     return tokenizer

@@ -104,6 +104,7 @@ def save_adapter(
         task_type=_TASK_TYPES[task] if head or task == "causal-lm" else None,
         modules_to_save=list(layout.head_modules) if head else None,
     )
+    config.target_modules = sorted(config.target_modules)  # PEFT makes it a set, whose order changes with the process
     config.base_model_name_or_path = base_model_name
     config.inference_mode = True
     stored = {_key(name): tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in full.items()}
