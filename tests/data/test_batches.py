@@ -88,6 +88,17 @@ def test_like_lengths_share_a_batch_and_batches_come_in_random_order() -> None:
     assert len(orders) == 6
 
 
+def test_epochs_are_in_random_order_too() -> None:
+    lengths = np.array([1, 1, 1, 1, 5, 5, 5, 5, 9, 9, 9, 9], dtype=np.int64)
+    orders = set()
+    for seed in range(40):
+        plan = plan_local_batches(
+            lengths, range(12), batch_size=4, local_steps=None, local_epochs=1, accumulation=1, seed=seed
+        )
+        orders.add(tuple(int(lengths[batch[0]]) for batch in flat(plan)))
+    assert len(orders) == 6
+
+
 def test_short_rounds_draw_from_a_wider_window() -> None:
     lengths = np.concatenate([np.full(72, 3), np.full(8, 50)])
     longs = set()
@@ -149,6 +160,15 @@ def test_eval_batches(lengths: list[int], batch_size: int, max_tokens: int) -> N
         if following is not None:  # no batch could have taken one more
             more = len(batch) + 1
             assert more > batch_size or more * array[following[0]] > max_tokens
+
+
+def test_eval_counts_padding_against_the_limit() -> None:
+    lengths = np.array([3, 3, 4], dtype=np.int64)
+    sizes = {
+        limit: [len(batch) for batch in plan_eval_batches(lengths, range(3), batch_size=9, max_tokens=limit)]
+        for limit in (12, 11, 6, 5, 1)
+    }
+    assert sizes == {12: [3], 11: [2, 1], 6: [2, 1], 5: [1, 1, 1], 1: [1, 1, 1]}
 
 
 def test_eval_of_nothing() -> None:

@@ -202,10 +202,10 @@ def test_subset_of_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_very_long_csv_field_and_limit_restored(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
+    previous = csv.field_size_limit(100_000)
     examples = load_examples(write(tmp_path / "long.csv", "a\n" + "x" * 300_000 + "\n"))
     assert len(examples.column("a")[0]) == 300_000
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit(previous) == 100_000
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

@@ -117,6 +117,15 @@ def test_shards_hold_two_label_runs() -> None:
     assert total_variation(labels, clients) > 0.7
 
 
+def test_shards_of_a_client_are_drawn_at_random() -> None:
+    labels = np.repeat(np.arange(6), 10)  # six shards, one per label
+    owned = {
+        frozenset(frozenset(labels[rows].tolist()) for rows in assign("shards", labels, 3, seed=seed).values())
+        for seed in range(200)
+    }
+    assert len(owned) == 15  # every way to pair six shards
+
+
 def test_quantity_is_uneven_in_size_and_not_in_labels() -> None:
     labels = random_labels(20_000, 2)
     clients = assign("quantity", labels, 10, concentration=1.0, min_examples=100)
