@@ -102,7 +102,7 @@ class PlainLoop:
             groups.append({"params": list(self.a.values()), "lr": learning_rate * a_ratio})
         make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
         self.optimizer = make(groups, weight_decay=weight_decay)
-        self.trained = [parameter for group in groups for parameter in group["params"]]
+        self.trained = [*self.b.values(), *self.head.values(), *(self.a.values() if train_a else ())]
 
     def run(self, steps: Sequence[Sequence[Sequence[Example]]]) -> Trained:
         """Optimizer steps, each over some micro-batches; the loss is the mean over all their labels."""
@@ -113,7 +113,7 @@ class PlainLoop:
             sums = [batch_nll(self.model, batch, classify=self.classify, pad=self.pad) for batch in micro_batches]
             count = sum(item[1] for item in sums)
             summed = torch.stack([item[0] for item in sums]).sum()
-            (summed / count).backward()
+            (summed / count).backward()  # type: ignore[no-untyped-call]
             total, labels = total + float(summed.detach()), labels + count
             if number == 0:
                 result.first_norms = (_norm(self.a.values()), _norm(self.b.values()))
@@ -126,7 +126,7 @@ class PlainLoop:
         return result
 
 
-def _norm(parameters: Iterable[nn.Parameter]) -> float:
+def _norm(parameters: Iterable[Tensor]) -> float:
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
 
