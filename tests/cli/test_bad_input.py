@@ -113,6 +113,8 @@ OVERRIDES = {
     "unknown scaling": (["lora.scaling=sqrt"], ["lora.scaling", "'rslora'", "'sqrt'"]),
     "unknown device": (["device=tpu9"], ["device", "'tpu9'", "auto"]),
     "no such GPU": (["device=cuda:7"], ["device", "cuda:7"]),
+    "a rate beyond float32": (["local.learning_rate=1e60"], ["local.learning_rate", "less than or equal to 1e+30"]),
+    "alpha beyond float32": (["lora.alpha=1e200"], ["lora.alpha", "less than or equal to 1e+30"]),
     "unknown optimizer": (["local.optimizer=lion"], ["local.optimizer", "'adamw'", "'lion'"]),
     "steps and epochs": (["local.local_epochs=1", "local.local_steps=1"], ["exactly one of local_steps"]),
     "split": (["data.split=[0.8,0.1,0.2]"], ["split must add up to 1"]),

@@ -112,6 +112,11 @@ class RunConfig(Section):
                 f"lora.init: reinit rescales the averaged A, which method {self.method.name!r} does not form; "
                 "use independent or shared"
             )
+        if self.lora.init == "local" and self.method.name == "ffa":
+            raise ValueError(
+                "lora.init: local starts every client from its own A, but method 'ffa' freezes one A that all share; "
+                "use independent or shared"
+            )
         if self.local.warmup_rounds > self.rounds.num_rounds:
             raise ValueError(
                 f"local.warmup_rounds is {self.local.warmup_rounds} but there are {self.rounds.num_rounds} rounds"

@@ -23,8 +23,10 @@ __all__ = [
     "Section",
 ]
 
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+LARGEST = 1e30
+"""Numbers above it leave float32, in which adapters are computed, within a product or two."""
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
