@@ -151,7 +151,7 @@ def _run_round(
         "effective_clients": federation.effective_clients,
         **_traffic_record(federation, state, updates, len(cohort)),
         **seconds,
-        "excluded": excluded,
+        "excluded": dict(sorted(excluded.items())),
         "clients": client_records(outcomes, evaluated),
     }
     yield RoundFinished(state, record)
