@@ -18,8 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from sfedlora.compare import Cell
 from sfedlora.config import RunConfig
+from sfedlora.config.grid import Cell
 from sfedlora.data.corpora import chatterbot_rows, hutto_rows, write_jsonl
 from sfedlora.data.files import read_file
 from sfedlora.errors import DataError, InputError

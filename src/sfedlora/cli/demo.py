@@ -14,10 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sfedlora.cli.progress import drive_all
 from sfedlora.cli.report import draw
 from sfedlora.cli.tables import print_line
-from sfedlora.compare import compare_events
 from sfedlora.demo import (
     DEMO_CLIENTS,
     DEMO_RANK,
@@ -32,7 +30,6 @@ from sfedlora.demo import (
     prepare_data,
     recorded_sweep,
 )
-from sfedlora.generate import answer_before_and_after
 
 __all__ = ["demo"]
 
@@ -51,6 +48,9 @@ def demo(
     data_dir: Annotated[Path | None, typer.Option(help="Folder with downloaded data (sentiment).")] = None,
 ) -> None:
     """Run the embedded demonstration, print its table and its conclusion. No network is used."""
+    from sfedlora.cli.progress import drive_all
+    from sfedlora.compare import compare_events
+
     begin = time.monotonic()
     chosen = TASKS["quick" if quick else task.value]
     folder = output if output is not None else Path("runs") / f"demo-{chosen.name}"
@@ -105,6 +105,8 @@ def _metrics(metrics: Mapping[str, Any], drop: float | None, has_accuracy: bool)
 
 
 def _print_answer(run_dir: Path) -> None:
+    from sfedlora.generate import answer_before_and_after
+
     answer = answer_before_and_after(run_dir)
     print_line(f"prompt (client {answer.client_id}): {answer.prompt}")
     print_line(f"  reference: {answer.reference}")

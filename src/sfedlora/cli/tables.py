@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from sfedlora.experiment import RunResult
+if TYPE_CHECKING:
+    from sfedlora.experiment import RunResult
 
 __all__ = ["print_comparison", "print_line", "print_run"]
 
