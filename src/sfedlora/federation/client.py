@@ -167,7 +167,10 @@ def _step_gradients(
 
 def _require_finite(finite: bool, what: str, work: ClientWork, step: int) -> None:
     if not finite:
-        message = f"{what} became NaN or infinite at local step {step + 1}; lower local.learning_rate or set local.max_grad_norm"
+        message = (
+            f"{what} became NaN or infinite at local step {step + 1}; "
+            "lower local.learning_rate or set local.max_grad_norm"
+        )
         raise ClientError(message, client_id=work.client_id, round_num=work.round_num, stage="training")
 
 
