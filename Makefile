@@ -12,7 +12,7 @@ VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo demo-sentiment test test-slow lint types docs format clean
+.PHONY: help bench demo demo-sentiment test test-slow lint types docs format clean
 
 help:
 	@echo "make demo            fine-tune SmolLM2-135M across clients on real text, compare scaling rules"
@@ -62,7 +62,7 @@ demo-sentiment: $(VENV)/.run $(VENV)/.minilm $(VADER)
 	$(BIN)/sfedlora demo --task sentiment --data-dir $(DATA)
 
 test: $(VENV)/.dev $(VENV)/.corpus $(VENV)/.minilm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 test-slow: $(VENV)/.dev $(VENV)/.chat $(VENV)/.minilm
 	$(BIN)/python -m pytest -m slow
@@ -75,6 +75,10 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Swap cost of the serial runner on the packaged tiny model; see benchmarks/swap.py for real models.
+bench: $(VENV)/.run
+	$(BIN)/python benchmarks/swap.py --ranks 8 128
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
