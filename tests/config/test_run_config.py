@@ -121,7 +121,7 @@ def test_epochs_replace_the_default_number_of_steps() -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     config = RunConfig.from_mapping(LEAST)
     with pytest.raises(ValueError, match="frozen"):
-        config.lora.rank = 3  # type: ignore[misc]
+        config.lora.rank = 3
 
 
 @pytest.mark.parametrize(

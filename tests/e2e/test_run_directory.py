@@ -239,7 +239,11 @@ def test_evaluate_on_another_file(finished: RunResult, tmp_path: Path, capsys: p
 
 
 def test_unknown_clients_and_rounds_are_named(finished: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in (["evaluate", finished.run_dir], ["export", finished.run_dir, finished.run_dir.parent / "target"]):
+    verbs: list[list[str | Path]] = [
+        ["evaluate", finished.run_dir],
+        ["export", finished.run_dir, finished.run_dir.parent / "target"],
+    ]
+    for verb in verbs:
         outcome = sfedlora(capsys, *verb, "--client", "astrology")
         assert outcome.code == 2
         assert "no client 'astrology'" in outcome.err

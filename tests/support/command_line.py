@@ -55,11 +55,9 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-c", "from sfedlora.cli import main; main()", *map(str, arguments)]
 
 
-def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """Start a command as a process of its own; `communicate` ends it."""
-    return subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True
-    )
+    return subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 def write_config(path: Path, **sections: object) -> Path:

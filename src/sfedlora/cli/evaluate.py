@@ -46,8 +46,10 @@ def parse_round(text: str) -> Literal["last", "best"] | int:
     Raises:
         ConfigError: it is none of last, best and a number.
     """
-    if text == "last" or text == "best":  # noqa: PLR1714 - compared one by one, the type checker follows
-        return text
+    if text == "last":
+        return "last"
+    if text == "best":
+        return "best"
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise ConfigError(f"--round {text!r}: expected last, best or a round number")
     return int(text)

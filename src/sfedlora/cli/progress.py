@@ -37,18 +37,21 @@ def drive_all(events: Iterator[AnyEvent]) -> Iterator[RunResult]:
     """Drive any number of runs; yield the result of each."""
     console = Console(stderr=True)
     view: _View = _BarView(console) if console.is_terminal else _LineView(console)
-    run_dir = ""
+    go_on = ""
+    in_grid = False
     with view, _stop_request() as stop:
         for event in events:
             view.show(event)
+            if isinstance(event, CellStarted):
+                in_grid = True
             if isinstance(event, RunPrepared):
-                run_dir = str(event.run_dir)
+                go_on = "the same command again" if in_grid else f"sfedlora resume {event.run_dir}"
             if isinstance(event, RunResult):
                 yield event
             between_clients = isinstance(event, ClientTrained | ClientEvaluated | RoundFinished)
             if stop.requested and between_clients:
-                message = f"stopped; everything up to here is saved. Go on with: sfedlora resume {run_dir}"
-                cast("Generator[Any, Any, Any]", events).throw(Interrupted(message))
+                stopped = Interrupted(f"stopped; everything up to here is saved. Go on with: {go_on}")
+                cast("Generator[Any, Any, Any]", events).throw(stopped)
 
 
 class _StopFlag:
@@ -157,6 +160,7 @@ class _BarView:
         self._rounds: TaskID | None = None
         self._clients: TaskID | None = None
         self._evaluation: TaskID | None = None
+        self._evaluated = 0
 
     def __enter__(self) -> _BarView:
         self._progress.start()
@@ -175,11 +179,15 @@ class _BarView:
         elif isinstance(event, RoundStarted):
             self._progress.reset(self._clients, total=len(event.cohort))
             self._progress.reset(self._evaluation, total=None)
+            self._evaluated = 0
         elif isinstance(event, ClientTrained):
             self._progress.advance(self._clients)
         elif isinstance(event, ClientEvaluated):
-            self._progress.update(self._evaluation, total=event.num_evaluated)
-            self._progress.advance(self._evaluation)
+            if self._evaluated == event.num_evaluated:  # the next split or round of the same clients
+                self._evaluated = 0
+                self._progress.reset(self._evaluation)
+            self._evaluated += 1
+            self._progress.update(self._evaluation, total=event.num_evaluated, completed=self._evaluated)
         elif isinstance(event, RoundFinished):
             self._progress.advance(self._rounds)
 
