@@ -38,6 +38,7 @@ for line in sys.stdin:
             traceback.print_exc(), sys.stderr.flush()
             os._exit(99)
     print(json.dumps(pid), flush=True)
+    sys.stdin.readline()
     _, status = os.waitpid(pid, 0)
     print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
 """
@@ -57,7 +58,7 @@ class Child:
 
     def wait(self) -> int:
         """Its exit code; minus the signal that ended it."""
-        return self.server.answer()
+        return self.server.reap()
 
     @property
     def err(self) -> str:
@@ -83,6 +84,13 @@ class ForkServer:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Child(self.answer(), folder / "err.txt", self)
+
+    def reap(self) -> int:
+        """The exit code of the command; its process id stays taken until this is asked for, so no signal goes astray."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("wait\n")
+        self._process.stdin.flush()
+        return self.answer()
 
     def answer(self) -> int:
         """The next number that the helper tells."""
