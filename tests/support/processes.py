@@ -86,7 +86,7 @@ class ForkServer:
         return Child(self.answer(), folder / "err.txt", self)
 
     def reap(self) -> int:
-        """The exit code of the command; its process id stays taken until this is asked for, so no signal goes astray."""
+        """The exit code of the command. Its process id stays taken until this is asked for: no signal goes astray."""
         assert self._process.stdin is not None
         self._process.stdin.write("wait\n")
         self._process.stdin.flush()
