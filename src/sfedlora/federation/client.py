@@ -189,8 +189,9 @@ class _FlatOptimizer:
             groups.append({"params": [param], "lr": work.learning_rate * ratio})
             self._params[part] = param
         decay = training.weight_decay
+        self._fused = training.optimizer == "adamw" and resident.device.type in {"cpu", "cuda"}
         self._optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, weight_decay=decay, fused=resident.device.type in ("cpu", "cuda"))
+            torch.optim.AdamW(groups, weight_decay=decay, fused=self._fused)
             if training.optimizer == "adamw"
             else torch.optim.SGD(groups, weight_decay=decay)
         )
@@ -216,4 +217,5 @@ class _FlatOptimizer:
             part, name = key.split("/", 1)
             param = self._params.get(Part(part))
             if param is not None:
-                self._optimizer.state[param][name] = value.to(param.device).clone() if name != "step" else value.clone()
+                on_cpu = name == "step" and not self._fused  # where torch itself keeps the step count
+                self._optimizer.state[param][name] = value.to("cpu" if on_cpu else param.device, copy=True)
