@@ -22,7 +22,7 @@ from sfedlora.experiment import run
 GRID = {
     "quick": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     "chat": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-    "sentiment": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    "sentiment": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
 RECORD = Path(__file__).parent.parent / "src" / "sfedlora" / "assets" / "demo_sweep.json"
 
@@ -58,7 +58,7 @@ def main() -> None:
         "rank": MATCHED_RANK,
         "num_clients": MATCHED_CLIENTS,
         "gamma": MATCHED_GAMMA,
-        "optimizer": "sgd",
+        "optimizer": task.optimizer,
         "num_rounds": task.num_rounds,
         "local_steps": task.local_steps,
         "batch_size": task.batch_size,

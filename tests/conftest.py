@@ -1,4 +1,4 @@
-"""What every test runs under: no hub, no tokenizer threads, one torch thread per worker (two workers share two cores)."""
+"""What every test runs under: no hub, no tokenizer threads, one torch thread for each of the two workers."""
 
 from __future__ import annotations
 
