@@ -24,8 +24,8 @@ __all__ = ["MAX_DRAWN_CLIENTS", "InitialA", "Initialization", "draw_a", "form_in
 Initialization = Literal["independent", "local", "shared", "reinit"]
 MAX_DRAWN_CLIENTS = 1000
 """Above so many clients the mean's own law N(0, sigma^2 sum w^2) is drawn once instead of N draws."""
-SHARED_OWNER = "<shared>"
-"""Owner of the one draw of `shared`; no client id can equal it by accident of numbering."""
+SHARED_OWNER, MEAN_OWNER = 0, 1
+"""Owners of the one draw of `shared` and of the mean's law: numbers, so that no client id can be one of them."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class InitialA:
 
 
 def draw_a(
-    layout: AdapterLayout, rank: int, *, seed: int, owner: str, variance_factor: float = 1.0
+    layout: AdapterLayout, rank: int, *, seed: int, owner: str | int, variance_factor: float = 1.0
 ) -> dict[str, Tensor]:
     """One owner's draw of every A, (rank, in_features) each, float32.
 
@@ -53,7 +53,7 @@ def draw_a(
         layout: the adapted modules.
         rank: the rank.
         seed: the run's seed.
-        owner: client id, or a reserved name for draws that belong to no client.
+        owner: client id, or SHARED_OWNER or MEAN_OWNER for a draw that belongs to no client.
         variance_factor: multiplies sigma^2.
     """
     draws: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ def form_initial_a(
         return InitialA(draw_a(layout, rank, seed=seed, owner=SHARED_OWNER), 1.0, None)
     count = effective_clients(list(weights.values()))
     if len(weights) > MAX_DRAWN_CLIENTS:
-        law = draw_a(layout, rank, seed=seed, owner="<mean>", variance_factor=1.0 / count)
+        law = draw_a(layout, rank, seed=seed, owner=MEAN_OWNER, variance_factor=1.0 / count)
         tensors, measured = law, None
     else:
         tensors, measured = _average_draws(layout, rank, weights, seed)
