@@ -28,12 +28,14 @@ from sfedlora.federation.evaluate import EvalBatching
 from sfedlora.federation.initialize import InitialA, Initialization, form_initial_a
 from sfedlora.federation.runners.serial import SerialRunner
 from sfedlora.federation.sampling import sample_cohort
+from sfedlora.federation.server_optimizer import ServerOptimizer
 from sfedlora.federation.state import POOLED_ID, Federation, RoundSettings
 from sfedlora.lora.base_model import BaseModel, load_base_model
 from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.lora.limits import input_limits
 from sfedlora.lora.scaling import effective_clients, scaling_factor
-from sfedlora.methods import Method, client_weights, make_method
+from sfedlora.methods import FlexLoRA, Method, client_weights, make_method
+from sfedlora.methods.flexlora import require_rank
 from sfedlora.seeds import derive_seed
 from sfedlora.types import Part, select_parts
 
@@ -41,6 +43,8 @@ __all__ = ["Prepared", "encode_examples", "load_source", "prepare"]
 
 MAX_EVALUATED = 100
 TOLERATED_COUNT_ERROR = 0.2
+ADAPTIVE, ADAPTIVE_LEARNING_RATE = ("fedadam", "fedyogi"), 0.01
+"""Server optimizers whose step is about the learning rate itself, and what `auto` gives them."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def prepare(config: RunConfig) -> Prepared:
         dropout=config.lora.dropout,
         head_modules=base.new_modules,
     )
+    if isinstance(method, FlexLoRA):
+        require_rank(resident.layout, config.lora.rank)
     if config.model.gradient_checkpointing:
         resident.enable_gradient_checkpointing()
     resolved = _resolve(config, base, method, device, len(splits))
@@ -213,6 +219,9 @@ def _resolve(config: RunConfig, base: BaseModel, method: Method, device: torch.d
     evaluated = config.evaluation.clients
     if evaluated == "auto":
         evaluated = "all" if num_clients <= MAX_EVALUATED else MAX_EVALUATED
+    server_learning_rate = config.rounds.server_learning_rate
+    if server_learning_rate == "auto":
+        server_learning_rate = ADAPTIVE_LEARNING_RATE if config.rounds.server_optimizer in ADAPTIVE else 1.0
     cohort_size = config.rounds.cohort_size
     if cohort_size is not None and cohort_size > num_clients:
         raise ConfigError(f"rounds.cohort_size is {cohort_size} but there are only {num_clients} clients")
@@ -223,6 +232,7 @@ def _resolve(config: RunConfig, base: BaseModel, method: Method, device: torch.d
             "method.head": "personal" if Part.HEAD in method.personal_parts() else "shared",
             "partition.num_clients": num_clients,
             "evaluation.clients": evaluated,
+            "rounds.server_learning_rate": server_learning_rate,
             "runner": "serial",
             "clients_per_batch": 1,
             "device": str(device),
@@ -346,6 +356,7 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
         local_epochs=local.local_epochs,
         max_grad_norm=local.max_grad_norm,
         keep_optimizer_state=local.optimizer_state == "keep",
+        proximal_mu=rounds.proximal_mu,
     )
     pad_token_id = base.tokenizer.pad_token_id
     if not isinstance(pad_token_id, int):
@@ -376,6 +387,7 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
             warmup_rounds=local.warmup_rounds,
             evaluate_every=config.evaluation.every,
             evaluated=_evaluated(config),
+            server_optimizer=_server_optimizer(config),
         ),
         seed=config.seed,
     )
@@ -392,6 +404,21 @@ def _external(config: RunConfig) -> dict[str, Examples]:
     """The rows of the further validation and test files, where there are some."""
     sources = {"validation": config.data.validation, "test": config.data.test}
     return {split: load_source(config, source) for split, source in sources.items() if source is not None}
+
+
+def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
+    rounds = config.rounds
+    if rounds.server_optimizer == "none":
+        return None
+    if rounds.server_learning_rate == "auto":
+        raise ConfigError("rounds.server_learning_rate: auto was not resolved")
+    return ServerOptimizer(
+        rounds.server_optimizer,
+        rounds.server_learning_rate,
+        rounds.server_momentum,
+        rounds.server_beta2,
+        rounds.server_tau,
+    )
 
 
 def _evaluated(config: RunConfig) -> Literal["all", "cohort"] | int:

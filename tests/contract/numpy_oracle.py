@@ -18,10 +18,14 @@ __all__ = [
     "Held",
     "ideal",
     "mean_of",
+    "served_fair",
     "served_fedit",
     "served_fedsa",
     "served_ffa",
+    "served_flexlora",
+    "served_hetlora",
     "served_local",
+    "served_rolora",
     "weights_of",
 ]
 
@@ -70,6 +74,37 @@ def served_fedit(held: Mapping[str, Held], p: Mapping[str, float], s: float) -> 
 def served_ffa(held: Mapping[str, Held], p: Mapping[str, float], s: float) -> dict[str, Dense]:
     """Everybody serves Ideal; every client holds the same A."""
     return dict.fromkeys(held, ideal(held, p, s))
+
+
+def served_rolora(held: Mapping[str, Held], p: Mapping[str, float], s: float) -> dict[str, Dense]:
+    """Everybody serves Ideal; every client holds the same B in even rounds, the same A in odd ones."""
+    return dict.fromkeys(held, ideal(held, p, s))
+
+
+def served_flexlora(held: Mapping[str, Held], p: Mapping[str, float], s: float) -> dict[str, Dense]:
+    """Everybody serves the best approximation of Ideal at the rank: its dense SVD, cut."""
+    rank = next(iter(held.values())).a.shape[0]
+    u, singular, vt = np.linalg.svd(ideal(held, p, s))
+    return dict.fromkeys(held, (u[:, :rank] * singular[:rank]) @ vt[:rank])
+
+
+def served_hetlora(held: Mapping[str, Held], p: Mapping[str, float], s: float) -> dict[str, Dense]:
+    """FedIT with weights ||B_k A_k||_F / sum_j ||B_j A_j||_F in place of p_k."""
+    norms = {client: np.sqrt(np.square(held[client].b @ held[client].a).sum()) for client in p}
+    total = sum(norms.values())
+    return served_fedit(held, {client: float(norm / total) for client, norm in norms.items()}, s)
+
+
+def served_fair(held: Mapping[str, Held], p: Mapping[str, float], s: float, *, ridge: float = 0.01) -> dict[str, Dense]:
+    """Everybody serves s (M + dB) A; dB by least squares on A^T stacked over sqrt(lambda) I, a problem per row."""
+    a = mean_of({client: held[client].a for client in p}, p)
+    m = mean_of({client: held[client].b for client in p}, p)
+    residual = ideal(held, p, 1.0) - m @ a
+    penalty = ridge * np.mean(np.sum(a * a, axis=1))
+    left = np.concatenate([a.T, np.sqrt(penalty) * np.eye(len(a))])
+    right = np.concatenate([residual.T, np.zeros((len(a), len(m)))])
+    solution = np.linalg.lstsq(left, right, rcond=None)[0]
+    return dict.fromkeys(held, s * (m + solution.T) @ a)
 
 
 def served_local(held: Mapping[str, Held], p: Mapping[str, float], s: float) -> dict[str, Dense]:

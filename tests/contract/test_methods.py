@@ -24,10 +24,14 @@ from contract.numpy_oracle import (
     Held,
     ideal,
     mean_of,
+    served_fair,
     served_fedit,
     served_fedsa,
     served_ffa,
+    served_flexlora,
+    served_hetlora,
     served_local,
+    served_rolora,
     weights_of,
 )
 from sfedlora.artifacts import Checkpoint, RunDirectory
@@ -55,18 +59,24 @@ class Row:
         exact: what `Method.exact` must say.
         clients: everybody in the federation.
         partial: the clients of a partial cohort.
+        refactors: the server step keeps products, not factors: one client gets its own product back.
     """
 
     served: Callable[[Mapping[str, Held], Mapping[str, float], float], dict[str, Dense]]
     exact: str
     clients: tuple[str, ...] = EVERYBODY
     partial: tuple[str, ...] = SOME
+    refactors: bool = False
 
 
 ROWS = {
     "fedsa": Row(served_fedsa, "factor"),
     "fedit": Row(served_fedit, "no"),
     "ffa": Row(served_ffa, "model"),
+    "rolora": Row(served_rolora, "model"),
+    "flexlora": Row(served_flexlora, "truncated", refactors=True),
+    "hetlora": Row(served_hetlora, "no"),
+    "fair": Row(served_fair, "no"),
     "local": Row(served_local, "no"),
     "centralized": Row(served_local, "model", ("ann",), ("ann",)),
 }
@@ -78,6 +88,9 @@ LAYOUTS: dict[str, Callable[[], ResidentModel]] = {
     "conv1d": lambda: _adapted(tiny_gpt2(), ("c_attn", "mlp.c_proj")),
     "linear+head": lambda: _adapted(tiny_bert_classifier(), ("query", "value"), ("classifier",)),
 }
+
+NO_SFED = ("flexlora", "sfed")
+"""The one pair of method and scaling rule that a configuration refuses."""
 
 every_method = pytest.mark.parametrize("name", ROWS)
 every_sender = pytest.mark.parametrize("name", SENDING)
@@ -101,9 +114,11 @@ class Scene:
     cohort: tuple[str, ...]
 
     def updates(self, examples: Mapping[str, int] = EXAMPLES) -> list[Update]:
-        shared = self.method.shared_parts(ROUND)
+        round_num = self.state.round_num + 1
+        shared = self.method.shared_parts(round_num)
         return [
-            Update(client, ROUND, examples[client], select_parts(self.held[client], shared)) for client in self.cohort
+            Update(client, round_num, examples[client], select_parts(self.held[client], shared))
+            for client in self.cohort
         ]
 
     def serving(self, state: ServerState, client: str) -> dict[str, Tensor]:
@@ -133,23 +148,28 @@ def draw(resident: ResidentModel, seed: str, dtype: torch.dtype = torch.float32)
 
 
 def make_scene(
-    name: str, resident: ResidentModel, *, partial: bool = False, dtype: torch.dtype = torch.float32
+    name: str,
+    resident: ResidentModel,
+    *,
+    partial: bool = False,
+    dtype: torch.dtype = torch.float32,
+    round_num: int = ROUND,
 ) -> Scene:
     method, row = make_method(name), ROWS[name]
     before = draw(resident, "server", dtype)
-    trained = method.trained_parts(ROUND)
+    trained = method.trained_parts(round_num)
     held = {
         client: {**before, **select_parts(draw(resident, f"{name}/{client}", dtype), trained)} for client in row.clients
     }
     shared = select_parts(before, frozenset(Part) - method.personal_parts())
     cohort = row.partial if partial else row.clients
-    return Scene(method, ServerState(ROUND - 1, shared, {}), held, cohort)
+    return Scene(method, ServerState(round_num - 1, shared, {}), held, cohort)
 
 
-def measured_deltas(resident: ResidentModel, adapter: Tensors) -> dict[str, Dense]:
+def measured_deltas(resident: ResidentModel, adapter: Tensors, scaling: float = SCALING) -> dict[str, Dense]:
     """Module path -> delta weight (out, in), as the adapted module itself applies it to the identity."""
     resident.load(adapter)
-    resident.scaling = SCALING
+    resident.scaling = scaling
     deltas = {}
     for target in resident.layout.targets:
         layer = resident.model.get_submodule(target.path)
@@ -209,6 +229,72 @@ def test_clients_serve_what_the_dense_formula_says(
         assert all(close(measured[client][target.path], served[client]) for client in scene.held)
         if scene.method.exact == "model":
             assert close(measured["ann"][target.path], ideal(pairs, p, SCALING))
+
+
+RULES = {"lora": 5.1 / RANK, "rslora": 5.1 / RANK**0.5, "sfed": 5.1 * (5 / RANK) ** 0.5}
+
+
+@pytest.mark.parametrize(("name", "rule"), [pair for pair in itertools.product(ROWS, RULES) if pair != NO_SFED])
+@pytest.mark.parametrize("round_num", [ROUND, ROUND + 1], ids=["even", "odd"])
+def test_every_scaling_rule_in_even_and_odd_rounds(
+    name: str, rule: str, round_num: int, resident: ResidentModel
+) -> None:
+    scene = make_scene(name, resident, round_num=round_num)
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    p = weights_of({client: EXAMPLES[client] for client in scene.cohort}, "examples")
+    last = scene.cohort[-1]
+    measured = measured_deltas(resident, scene.serving(after, last), RULES[rule])
+    for path, delta in measured.items():
+        assert close(delta, ROWS[name].served(held_pairs(scene, path), p, RULES[rule])[last])
+
+
+def with_zero_b(scene: Scene, clients: Sequence[str]) -> Scene:
+    def zeroed(own: Tensors) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(t) if part_of(name) is Part.B else t for name, t in own.items()}
+
+    return replace(
+        scene, held={client: zeroed(own) if client in clients else own for client, own in scene.held.items()}
+    )
+
+
+@pytest.mark.parametrize("name", ["fedit", "flexlora", "hetlora", "fair"])
+@pytest.mark.parametrize("zero", [EVERYBODY, ("ann", "cyd")], ids=["all", "two"])
+def test_zero_b_is_an_update_like_another(name: str, zero: tuple[str, ...], resident: ResidentModel) -> None:
+    scene = with_zero_b(make_scene(name, resident), zero)
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    p = weights_of(EXAMPLES, "examples")
+    measured = measured_deltas(resident, scene.serving(after, "ann"))
+    for path, delta in measured.items():
+        pairs = held_pairs(scene, path)
+        expected = np.zeros_like(delta) if zero == EVERYBODY else ROWS[name].served(pairs, p, SCALING)["ann"]
+        assert close(delta, expected)
+        a = after.shared[factor_name(Part.A, path)].double().numpy()
+        assert np.isfinite(a).all()
+        if name != "flexlora" and zero == EVERYBODY:  # hetlora falls back to p
+            assert close(a, mean_of({client: pair.a for client, pair in pairs.items()}, p))
+
+
+def test_flexlora_gives_orthonormal_rows_and_the_error_of_the_dense_svd(small: ResidentModel) -> None:
+    scene = make_scene("flexlora", small)
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    p = weights_of(EXAMPLES, "examples")
+    for target in small.layout.targets:
+        a, b = (after.shared[factor_name(part, target.path)].double().numpy() for part in (Part.A, Part.B))
+        assert close(a @ a.T, np.eye(RANK))
+        whole = ideal(held_pairs(scene, target.path), p, SCALING)
+        lost = np.linalg.svd(whole)[1][RANK:]
+        assert np.linalg.norm(whole - SCALING * b @ a) == pytest.approx(np.linalg.norm(lost), rel=1e-5)
+        assert np.linalg.norm(lost) > 0.1 * np.linalg.norm(whole)  # the cut is a real one
+
+
+def test_fair_comes_closer_to_the_mean_product_than_fedit(small: ResidentModel) -> None:
+    scene = make_scene("fair", small)
+    p = weights_of(EXAMPLES, "examples")
+    for target in small.layout.targets:
+        pairs = held_pairs(scene, target.path)
+        whole = ideal(pairs, p, SCALING)
+        near, far = (np.linalg.norm(served(pairs, p, SCALING)["ann"] - whole) for served in (served_fair, served_fedit))
+        assert near < 0.99 * far
 
 
 def test_the_inexact_method_is_told_from_the_exact_one(small: ResidentModel) -> None:
@@ -306,11 +392,16 @@ def test_example_counts_matter_only_when_they_weigh(name: str, small: ResidentMo
 
 @every_method
 @every_weighting
-def test_one_client_gives_its_own_update_bit_for_bit(name: str, weighting: Weighting, small: ResidentModel) -> None:
+def test_one_client_gives_its_own_update(name: str, weighting: Weighting, small: ResidentModel) -> None:
     scene = replace(make_scene(name, small), cohort=("ann",))
     [update] = scene.updates()
     after = aggregate(scene.method, scene.state, [update], weighting=weighting)
-    assert same_bits(select_parts(after.shared, scene.method.shared_parts(ROUND)), update.tensors)
+    if ROWS[name].refactors:
+        own, served = measured_deltas(small, scene.held["ann"]), measured_deltas(small, scene.serving(after, "ann"))
+        assert all(close(served[path], own[path]) for path in own)
+        assert same_bits(select_parts(after.shared, [Part.HEAD]), select_parts(update.tensors, [Part.HEAD]))
+    else:
+        assert same_bits(select_parts(after.shared, scene.method.shared_parts(ROUND)), update.tensors)
 
 
 @every_method
@@ -367,7 +458,7 @@ def test_the_state_survives_saving_and_loading_bit_for_bit(name: str, small: Res
     assert _same_named_bits(loaded.server.extra, after.extra)
     assert loaded.personal.keys() == personal.keys()
     assert all(_same_named_bits(loaded.personal[client], personal[client]) for client in personal)
-    following = [replace(update, round_num=ROUND + 1) for update in scene.updates()]
+    following = replace(scene, state=after).updates()
     gone_on = aggregate(scene.method, loaded.server, following, weighting="examples")
     uninterrupted = aggregate(scene.method, after, following, weighting="examples")
     assert _same_named_bits(gone_on.shared, uninterrupted.shared)

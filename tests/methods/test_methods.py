@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from sfedlora.config import RunConfig
+from sfedlora.config.run_config import AVERAGING_METHODS
 from sfedlora.errors import ConfigError
 from sfedlora.methods import METHODS, client_weights, make_method
-from sfedlora.types import Part
+from sfedlora.methods.flexlora import require_rank
+from sfedlora.types import AdapterLayout, Part, Target
 
 A, B, HEAD = Part.A, Part.B, Part.HEAD
 
@@ -22,6 +24,12 @@ PARTS = [
     ("fedit", "personal", {A, B, HEAD}, {A, B}, {HEAD}),
     ("ffa", "auto", {B, HEAD}, {B, HEAD}, set()),
     ("ffa", "personal", {B, HEAD}, {B}, {HEAD}),
+    ("flexlora", "auto", {A, B, HEAD}, {A, B, HEAD}, set()),
+    ("flexlora", "personal", {A, B, HEAD}, {A, B}, {HEAD}),
+    ("hetlora", "auto", {A, B, HEAD}, {A, B, HEAD}, set()),
+    ("hetlora", "personal", {A, B, HEAD}, {A, B}, {HEAD}),
+    ("fair", "auto", {A, B, HEAD}, {A, B, HEAD}, set()),
+    ("fair", "personal", {A, B, HEAD}, {A, B}, {HEAD}),
     ("local", "auto", {A, B, HEAD}, set(), {A, B, HEAD}),
     ("local", "personal", {A, B, HEAD}, set(), {A, B, HEAD}),
     ("centralized", "auto", {A, B, HEAD}, {A, B, HEAD}, set()),
@@ -34,7 +42,20 @@ def test_parts(name: str, head: Any, trained: set[Part], shared: set[Part], pers
     for round_num in (1, 2, 7):
         assert method.trained_parts(round_num) == trained
         assert method.shared_parts(round_num) == shared
+        assert method.broadcast_parts(round_num, is_current=True) == shared
+        assert method.broadcast_parts(round_num, is_current=False) == shared
     assert method.personal_parts() == personal
+
+
+@pytest.mark.parametrize(("head", "also"), [("auto", {HEAD}), ("personal", set())])
+def test_rolora_trains_b_in_odd_rounds_and_a_in_even_ones(head: Any, also: set[Part]) -> None:
+    method = make_method("rolora", head)
+    for round_num, trained, before in ((1, B, A), (2, A, B), (3, B, A), (8, A, B)):
+        assert method.trained_parts(round_num) == {trained, HEAD}
+        assert method.shared_parts(round_num) == {trained} | also
+        assert method.broadcast_parts(round_num, is_current=True) == {before} | also
+        assert method.broadcast_parts(round_num, is_current=False) == {A, B} | also
+    assert method.personal_parts() == {HEAD} - also
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -52,7 +73,8 @@ def test_a_method_is_found_by_its_own_name(name: str) -> None:
 
 
 def test_only_averaging_methods_let_the_number_of_clients_enter_the_scaling() -> None:
-    assert {name for name in METHODS if make_method(name).averages_a} == {"fedsa", "fedit", "ffa"}
+    assert {name for name in METHODS if not make_method(name).averages_a} == {"local", "centralized"}
+    assert set(AVERAGING_METHODS) == {name for name in METHODS if make_method(name).averages_a}
     assert {name for name in METHODS if make_method(name).pools_data} == {"centralized"}
 
 
@@ -79,13 +101,40 @@ def test_weights_by_hand() -> None:
     assert client_weights({"z": 5}, "examples") == {"z": 1.0}
 
 
-def test_own_draws_are_refused_where_one_a_is_frozen_for_all() -> None:
+@pytest.mark.parametrize("name", ["ffa", "rolora"])
+def test_own_draws_are_refused_where_one_a_is_frozen_for_all(name: str) -> None:
     values = {
         "model": {"source": "m"},
         "data": {"source": "d"},
         "partition": {"num_clients": 4},
         "lora": {"init": "local"},
-        "method": {"name": "ffa"},
+        "method": {"name": name},
     }
-    with pytest.raises(ConfigError, match=r"lora.init: local .* method 'ffa' freezes one A"):
+    with pytest.raises(ConfigError, match=rf"lora.init: local .* method '{name}' freezes one A"):
         RunConfig.from_mapping(values)
+
+
+def flexlora(**sections: dict[str, Any]) -> RunConfig:
+    least = {"model": {"source": "m"}, "data": {"source": "d"}, "partition": {"num_clients": 4}}
+    return RunConfig.from_mapping({**least, "preset": "flexlora", **sections})
+
+
+@pytest.mark.parametrize("count", ["effective", "total"])
+def test_flexlora_refuses_a_scaling_that_counts_clients(count: str) -> None:
+    with pytest.raises(ConfigError, match=rf"lora.scaling: sfed with num_clients: {count} .* 'flexlora' .* use lora"):
+        flexlora(lora={"scaling": "sfed", "num_clients": count})
+    assert flexlora(lora={"scaling": "sfed", "num_clients": 1.0}).lora.num_clients == 1.0
+    assert flexlora(lora={"scaling": "rslora", "num_clients": count}).lora.scaling == "rslora"
+
+
+def test_flexlora_refuses_a_server_optimizer() -> None:
+    with pytest.raises(ConfigError, match=r"rounds.server_optimizer: fedavgm .* 'flexlora' .* use none"):
+        flexlora(rounds={"server_optimizer": "fedavgm"})
+    assert flexlora(rounds={"proximal_mu": 0.1}).rounds.proximal_mu == 0.1
+
+
+def test_flexlora_refuses_a_rank_that_no_svd_has() -> None:
+    layout = AdapterLayout((Target("wide", 64, 32), Target("narrow", 64, 8)), {})
+    require_rank(layout, 8)
+    with pytest.raises(ConfigError, match=r"lora.rank: 9 is above min\(in_features, out_features\) = 8 of narrow"):
+        require_rank(layout, 9)

@@ -27,5 +27,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "reinit": _preset("fedsa", "rslora", "reinit"),
         "fedit": _preset("fedit", "lora", "shared"),
         "ffa-lora": _preset("ffa", "lora", "shared"),
+        "rolora": _preset("rolora", "lora", "shared"),
+        "flexlora": _preset("flexlora", "lora", "shared"),
+        "hetlora": _preset("hetlora", "lora", "shared"),
+        "lora-fair": _preset("fair", "lora", "shared"),
     }
 )

@@ -35,7 +35,9 @@ OVERRIDE_LINE = 0
 """Stands for the command line among the lines of a file."""
 LONGEST_VALUE = 120
 """Characters of a wrong value that a message repeats."""
-AVERAGING_METHODS = ("fedsa", "fedit", "ffa")
+AVERAGING_METHODS = ("fedsa", "fedit", "ffa", "rolora", "flexlora", "hetlora", "fair")
+FROZEN_A_METHODS = ("ffa", "rolora")
+"""In round 1 their A is not trained and must be the same for all."""
 
 
 class RunConfig(Section):
@@ -112,16 +114,32 @@ class RunConfig(Section):
                 f"lora.init: reinit rescales the averaged A, which method {self.method.name!r} does not form; "
                 "use independent or shared"
             )
-        if self.lora.init == "local" and self.method.name == "ffa":
+        if self.lora.init == "local" and self.method.name in FROZEN_A_METHODS:
             raise ValueError(
-                "lora.init: local starts every client from its own A, but method 'ffa' freezes one A that all share; "
-                "use independent or shared"
+                f"lora.init: local starts every client from its own A, but method {self.method.name!r} freezes one A "
+                "that all share; use independent or shared"
             )
+        if self.method.name == "flexlora":
+            self._check_flexlora()
         if self.local.warmup_rounds > self.rounds.num_rounds:
             raise ValueError(
                 f"local.warmup_rounds is {self.local.warmup_rounds} but there are {self.rounds.num_rounds} rounds"
             )
         return self
+
+    def _check_flexlora(self) -> None:
+        """Refuse what assumes that a factor keeps its coordinates from round to round."""
+        if self.lora.scaling == "sfed" and isinstance(self.lora.num_clients, str):
+            raise ValueError(
+                f"lora.scaling: sfed with num_clients: {self.lora.num_clients} undoes the averaging of A, but method "
+                "'flexlora' gives A orthonormal rows in every round; use lora or rslora, or fix the number in "
+                "lora.num_clients"
+            )
+        if self.rounds.server_optimizer != "none":
+            raise ValueError(
+                f"rounds.server_optimizer: {self.rounds.server_optimizer} steps along the change of the factors, which "
+                "method 'flexlora' chooses anew by an SVD in every round; use none"
+            )
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

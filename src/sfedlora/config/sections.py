@@ -152,8 +152,8 @@ class LoraSection(Section):
 class MethodSection(Section):
     """The federated method."""
 
-    name: Literal["fedsa", "fedit", "ffa", "local", "centralized"] = "fedsa"
-    """fedsa, fedit, ffa, local or centralized."""
+    name: Literal["fedsa", "fedit", "ffa", "rolora", "flexlora", "hetlora", "fair", "local", "centralized"] = "fedsa"
+    """fedsa, fedit, ffa, rolora, flexlora, hetlora, fair, local or centralized."""
     head: Literal["auto", "personal", "shared"] = "auto"
     """Where a classification head lives. auto: personal for fedsa and local, shared for the others."""
 
@@ -167,10 +167,21 @@ class RoundsSection(Section):
     """Clients that train in a round, sampled without replacement. null: all of them."""
     weighting: Literal["examples", "uniform"] = "examples"
     """Weight of a client in every average: its number of training examples, or the same for all."""
-    server_optimizer: Literal["none"] = "none"
-    """none: the server takes the average as it is. Nothing else in this version."""
-    proximal_mu: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
-    """FedProx term. Only 0 in this version."""
+    server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    """none: the server takes the method's result as it is. The others step along its change of the shared factors:
+    fedavgm with momentum, fedadam and fedyogi with a step size per entry (Reddi et al. 2021)."""
+    server_learning_rate: Literal["auto"] | PositiveFloat = "auto"
+    """Learning rate of the server optimizer. auto: 1 for fedavgm, 0.01 for fedadam and fedyogi, whose step moves an
+    entry by up to this much. Not used by none."""
+    server_momentum: Fraction = 0.9
+    """Momentum (fedavgm), decay of the first moment (fedadam, fedyogi)."""
+    server_beta2: Fraction = 0.99
+    """Decay of the second moment of fedadam and fedyogi."""
+    server_tau: Annotated[float, Field(ge=1e-15, le=LARGEST, allow_inf_nan=False)] = 1e-3
+    """Added to the root of the second moment of fedadam and fedyogi; its square is where that moment starts."""
+    proximal_mu: NonNegativeFloat = 0.0
+    """FedProx: mu of the term mu / 2 ||theta - theta_start||^2 in every client's loss, over the trained factors that
+    are shared (none for local). Recorded losses and gradient norms leave it out."""
 
 
 class LocalSection(Section):

@@ -1,7 +1,7 @@
 """Local training of one client: start from an adapter, take K optimizer steps, hand back the trained factors.
 
-Nothing here knows what is shared. The resident model is overwritten with the client's adapter and left as training left
-it; the next client overwrites it again.
+Nothing here knows what is shared: who makes the work names the parts that a proximal term anchors. The resident model
+is overwritten with the client's adapter and left as training left it; the next client overwrites it again.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class LocalTraining:
     local_epochs: int | None
     max_grad_norm: float | None
     keep_optimizer_state: bool
+    proximal_mu: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class ClientWork:
         scaling: gamma.
         learning_rate: of B and the head in this round.
         indices: positions of its training examples in the encoded data.
-        optimizer_state: moments kept from its last round; empty to start from zero.
+        optimizer_state: moments kept from its earlier rounds; empty to start from zero. Those of parts that are not
+            trained in this round are handed back as they are.
+        anchored: the parts that the proximal term pulls towards `start`.
     """
 
     client_id: str
@@ -64,11 +67,12 @@ class ClientWork:
     learning_rate: float
     indices: Sequence[int]
     optimizer_state: Tensors
+    anchored: frozenset[Part] = frozenset()
 
 
 @dataclass(frozen=True)
 class TrainMetrics:
-    """What local training measured.
+    """What local training measured; the proximal term is in none of it.
 
     Attributes:
         train_loss: mean over all labelled tokens or examples of the round's batches.
@@ -111,12 +115,16 @@ def train_client(
 ) -> ClientOutcome:
     """Train one client.
 
+    With `proximal_mu` above 0 the objective is loss + mu / 2 ||theta - theta_start||^2 over the anchored parts
+    (FedProx, Li et al. 2020, arXiv:1812.06127). Its gradient is added after the norms are taken and before clipping.
+
     Raises:
         ClientError: the loss, a gradient or a trained factor is NaN or infinite.
     """
     resident.load(work.start)
     resident.scaling = work.scaling
     resident.set_trained(work.trained)
+    anchors = {part: resident.flat(part).clone() for part in work.anchored & work.trained if training.proximal_mu > 0}
     optimizer = _FlatOptimizer(resident, work, training)
     steps = plan_local_batches(
         data.lengths,
@@ -139,6 +147,8 @@ def train_client(
             if step == 0:
                 norms = {part: float(torch.linalg.vector_norm(resident.flat_grad(part))) for part in work.trained}
             _require_finite(math.isfinite(loss_sum), "the training loss", work, step)
+            for part, anchor in anchors.items():
+                resident.flat_grad(part).add_(resident.flat(part) - anchor, alpha=training.proximal_mu)
             optimizer.step()
     finally:
         resident.dropout.seeds = None
@@ -146,7 +156,7 @@ def train_client(
     finite = all(bool(torch.isfinite(resident.flat(part)).all()) for part in work.trained)
     _require_finite(finite, "a trained factor or its gradient", work, len(steps) - 1)
     metrics = TrainMetrics(loss_sum / label_count, norms.get(Part.A), norms.get(Part.B), tokens, padded, len(steps))
-    state = optimizer.state() if training.keep_optimizer_state else {}
+    state = {**work.optimizer_state, **optimizer.state()} if training.keep_optimizer_state else {}
     return ClientOutcome(work.client_id, work.round_num, len(work.indices), tensors, state, metrics)
 
 

@@ -21,6 +21,7 @@ from sfedlora.federation.evaluate import EvalResult, evaluate_examples, mean_res
 from sfedlora.federation.record import client_records, evaluation_record, training_record
 from sfedlora.federation.sampling import sample_cohort, sample_evaluated
 from sfedlora.federation.schedule import learning_rate_at
+from sfedlora.federation.server_optimizer import apply_server_optimizer
 from sfedlora.federation.state import Federation, FederationState, serving_adapter, starting_adapter
 from sfedlora.lora.scaling import effective_clients
 from sfedlora.methods import aggregate, check_update, client_weights
@@ -149,7 +150,7 @@ def _run_round(
         "gain": gain,
         "scaling": federation.scaling,
         "effective_clients": federation.effective_clients,
-        **_traffic_record(federation, state, updates, len(cohort)),
+        **_traffic_record(federation, state, updates, cohort),
         **seconds,
         "excluded": dict(sorted(excluded.items())),
         "clients": client_records(outcomes, evaluated),
@@ -205,6 +206,7 @@ def _make_work(federation: Federation, state: FederationState, client_id: str) -
         ),
         indices=federation.participants[client_id],
         optimizer_state=state.optimizer.get(client_id, {}),
+        anchored=federation.method.shared_parts(round_num),
     )
 
 
@@ -229,6 +231,8 @@ def _server_step(
         reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
         raise RunError(f"round {round_num}: every client of the cohort failed ({reasons})")
     server = aggregate(method, state.server, updates, weighting=federation.rounds.weighting)
+    if federation.rounds.server_optimizer is not None:
+        server = apply_server_optimizer(federation.rounds.server_optimizer, state.server, server, shared)
     personal, optimizer = dict(state.personal), dict(state.optimizer)
     for client_id in sorted(outcomes):
         kept = select_parts(outcomes[client_id].tensors, method.personal_parts())
@@ -274,15 +278,29 @@ def _gain(adapter: Tensors, scaling: float) -> float:
 
 
 def _traffic_record(
-    federation: Federation, state: FederationState, updates: Sequence[Update], cohort_size: int
+    federation: Federation, state: FederationState, updates: Sequence[Update], cohort: Sequence[str]
 ) -> dict[str, Any]:
-    shared = federation.method.shared_parts(state.server.round_num)
     weights = client_weights({item.client_id: item.num_examples for item in updates}, federation.rounds.weighting)
     return {
         "effective_cohort_size": effective_clients(list(weights.values())),
         "bytes_up": sum(_num_bytes(update.tensors) for update in updates),
-        "bytes_down": cohort_size * _num_bytes(select_parts(state.server.shared, shared)),
+        "bytes_down": _bytes_down(federation, state, cohort),
     }
+
+
+def _bytes_down(federation: Federation, state: FederationState, cohort: Sequence[str]) -> int:
+    """Bytes of the round's broadcasts, one for each client of the cohort, whether it replied or not."""
+    round_num = state.server.round_num
+    current = cohort
+    if round_num > 1:
+        settings = federation.rounds
+        everybody = list(federation.participants)
+        current = sample_cohort(everybody, settings.cohort_size, seed=federation.seed, round_num=round_num - 1)
+    total = 0
+    for client_id in cohort:
+        parts = federation.method.broadcast_parts(round_num, is_current=client_id in current)
+        total += _num_bytes(select_parts(state.server.shared, parts))
+    return total
 
 
 def _num_bytes(tensors: Tensors) -> int:

@@ -15,6 +15,7 @@ from sfedlora.federation.initialize import Initialization, draw_a
 from sfedlora.federation.objective import Task
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.schedule import Schedule
+from sfedlora.federation.server_optimizer import ServerOptimizer
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.methods import Method
 from sfedlora.methods.base import Weighting
@@ -38,6 +39,7 @@ class RoundSettings:
     warmup_rounds: int
     evaluate_every: int
     evaluated: Literal["all", "cohort"] | int
+    server_optimizer: ServerOptimizer | None = None
 
 
 @dataclass(frozen=True)

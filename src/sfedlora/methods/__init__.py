@@ -14,10 +14,14 @@ from sfedlora.methods.base import aggregate as aggregate
 from sfedlora.methods.base import check_update as check_update
 from sfedlora.methods.base import client_weights as client_weights
 from sfedlora.methods.centralized import Centralized as Centralized
+from sfedlora.methods.fair import LoRAFAIR as LoRAFAIR
 from sfedlora.methods.fedit import FedIT as FedIT
 from sfedlora.methods.fedsa import FedSA as FedSA
 from sfedlora.methods.ffa import FFA as FFA
+from sfedlora.methods.flexlora import FlexLoRA as FlexLoRA
+from sfedlora.methods.hetlora import HetLoRA as HetLoRA
 from sfedlora.methods.local import Local as Local
+from sfedlora.methods.rolora import RoLoRA as RoLoRA
 
 __all__ = [
     "FFA",
@@ -26,8 +30,12 @@ __all__ = [
     "Contribution",
     "FedIT",
     "FedSA",
+    "FlexLoRA",
+    "HetLoRA",
+    "LoRAFAIR",
     "Local",
     "Method",
+    "RoLoRA",
     "aggregate",
     "check_update",
     "client_weights",
@@ -35,7 +43,7 @@ __all__ = [
 ]
 
 METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
-    {method.name: method for method in (FedSA, FedIT, FFA, Local, Centralized)}
+    {method.name: method for method in (FedSA, FedIT, FFA, RoLoRA, FlexLoRA, HetLoRA, LoRAFAIR, Local, Centralized)}
 )
 _FIXED_HEAD = {"local": "personal", "centralized": "shared"}
 

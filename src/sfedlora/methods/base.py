@@ -6,11 +6,12 @@ and gives the method their weights, so no method can depend on arrival order or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from sfedlora.errors import UpdateError
 from sfedlora.lora.algebra import weighted_mean
@@ -26,6 +27,7 @@ __all__ = [
     "aggregate",
     "check_update",
     "client_weights",
+    "mean_of_parts",
     "mean_of_shared",
 ]
 
@@ -71,7 +73,16 @@ class Method(Protocol):
         ...
 
     def shared_parts(self, round_num: int) -> frozenset[Part]:
-        """The parts that travel: down in the broadcast of this round, up in its updates."""
+        """The parts that the updates of this round carry up to the server."""
+        ...
+
+    def broadcast_parts(self, round_num: int, *, is_current: bool) -> frozenset[Part]:
+        """The parts that go down to a client at the start of this round.
+
+        Args:
+            round_num: the round.
+            is_current: whether the client received the broadcast of the round before; in round 1 all are current.
+        """
         ...
 
     def personal_parts(self) -> frozenset[Part]:
@@ -121,8 +132,14 @@ def mean_of_shared(state: ServerState, contributions: Sequence[Contribution]) ->
 
     X = sum_k p_k X_k     for X in the sent parts
     """
-    mean = weighted_mean((item.weight, item.tensors) for item in contributions)
+    mean = mean_of_parts(contributions, Part)
     return replace(state, shared={name: mean.get(name, tensor) for name, tensor in state.shared.items()})
+
+
+def mean_of_parts(contributions: Sequence[Contribution], parts: Iterable[Part]) -> dict[str, Tensor]:
+    """X = sum_k p_k X_k of the factors that were sent, for X in some parts."""
+    chosen = frozenset(parts)
+    return weighted_mean((item.weight, select_parts(item.tensors, chosen)) for item in contributions)
 
 
 def _check_all(method: Method, state: ServerState, updates: Sequence[Update]) -> None:

@@ -36,6 +36,11 @@ class Centralized:
         del round_num
         return ALL_PARTS
 
+    def broadcast_parts(self, round_num: int, *, is_current: bool) -> frozenset[Part]:
+        """All of them."""
+        del is_current
+        return self.shared_parts(round_num)
+
     def personal_parts(self) -> frozenset[Part]:
         """Nothing."""
         return frozenset()

@@ -43,6 +43,11 @@ class FedSA:
         del round_num
         return ALL_PARTS - self.personal_parts()
 
+    def broadcast_parts(self, round_num: int, *, is_current: bool) -> frozenset[Part]:
+        """What is shared."""
+        del is_current
+        return self.shared_parts(round_num)
+
     def personal_parts(self) -> frozenset[Part]:
         """B, and the head where it is personal."""
         return frozenset({Part.B, Part.HEAD}) if self.head == "personal" else frozenset({Part.B})

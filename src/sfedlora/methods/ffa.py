@@ -40,6 +40,11 @@ class FFA:
         """B, and the head unless it is personal."""
         return self.trained_parts(round_num) - self.personal_parts()
 
+    def broadcast_parts(self, round_num: int, *, is_current: bool) -> frozenset[Part]:
+        """What is shared."""
+        del is_current
+        return self.shared_parts(round_num)
+
     def personal_parts(self) -> frozenset[Part]:
         """Nothing, or the head where it is personal."""
         return frozenset({Part.HEAD}) if self.head == "personal" else frozenset()

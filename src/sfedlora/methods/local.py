@@ -35,6 +35,11 @@ class Local:
         del round_num
         return frozenset()
 
+    def broadcast_parts(self, round_num: int, *, is_current: bool) -> frozenset[Part]:
+        """Nothing."""
+        del is_current
+        return self.shared_parts(round_num)
+
     def personal_parts(self) -> frozenset[Part]:
         """A, B and the head."""
         return ALL_PARTS
