@@ -34,13 +34,15 @@ class InitialA:
 
     Attributes:
         tensors: factor name -> (rank, in_features), float32.
-        effective_clients: 1 / sum w^2 of the average that formed A; 1 for `shared` and `reinit`.
+        effective_clients: the N that sfed may count on: `averaged_clients`, but 1 for `reinit`, which rescales A.
+        averaged_clients: 1 / sum w^2 of the average that formed A; 1 for `shared`.
         measured_clients: sum_i w_i ||A_i||^2 / ||sum_i w_i A_i||^2 over the draws made; None where the mean's law was
             drawn directly or nothing was averaged.
     """
 
     tensors: Tensors
     effective_clients: float
+    averaged_clients: float
     measured_clients: float | None
 
 
@@ -81,7 +83,7 @@ def form_initial_a(
         seed: the run's seed.
     """
     if init == "shared":
-        return InitialA(draw_a(layout, rank, seed=seed, owner=SHARED_OWNER), 1.0, None)
+        return InitialA(draw_a(layout, rank, seed=seed, owner=SHARED_OWNER), 1.0, 1.0, None)
     count = effective_clients(list(weights.values()))
     if len(weights) > MAX_DRAWN_CLIENTS:
         law = draw_a(layout, rank, seed=seed, owner=MEAN_OWNER, variance_factor=1.0 / count)
@@ -89,8 +91,8 @@ def form_initial_a(
     else:
         tensors, measured = _average_draws(layout, rank, weights, seed)
     if init == "reinit":
-        return InitialA({name: tensor * math.sqrt(count) for name, tensor in tensors.items()}, 1.0, measured)
-    return InitialA(tensors, count, measured)
+        return InitialA({name: tensor * math.sqrt(count) for name, tensor in tensors.items()}, 1.0, count, measured)
+    return InitialA(tensors, count, count, measured)
 
 
 def _average_draws(

@@ -1,0 +1,199 @@
+"""From a configuration to a federation that is ready for round 1: data, partition, base model, adapter, scaling.
+
+Every `auto` is replaced here; the resolved configuration is what the run directory records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from sfedlora.config import RunConfig
+from sfedlora.data.encoded import EncodedData
+from sfedlora.data.partition import ClientSplit
+from sfedlora.errors import ConfigError
+from sfedlora.federation.client import LocalTraining
+from sfedlora.federation.evaluate import EvalBatching
+from sfedlora.federation.initialize import InitialA
+from sfedlora.federation.runners.serial import SerialRunner
+from sfedlora.federation.server_optimizer import ServerOptimizer
+from sfedlora.federation.state import POOLED_ID, Federation, RoundSettings
+from sfedlora.lora.base_model import BaseModel, load_base_model
+from sfedlora.lora.inject import ResidentModel, adapt
+from sfedlora.lora.scaling import scaling_factor
+from sfedlora.methods import FlexLoRA, Method, make_method
+from sfedlora.methods.flexlora import require_rank
+from sfedlora.seeds import derive_seed
+from sfedlora.setup.adapter import chosen_init, draw_initial_a, initial_adapter, scaling_clients
+from sfedlora.setup.dataset import deal_examples, find_label_names, load_external, partition_record
+from sfedlora.setup.dataset import encode_examples as encode_examples
+from sfedlora.setup.dataset import load_source as load_source
+from sfedlora.setup.environment import environment_record
+from sfedlora.setup.resolve import resolve, resolve_device
+
+__all__ = ["Prepared", "encode_examples", "load_source", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A federation ready for round 1.
+
+    Attributes:
+        config: the resolved configuration.
+        federation: the federation.
+        base: the base model and its tokenizer.
+        label_names: class names for classification, else empty.
+        scaling_clients: the N that enters the sfed rule.
+        partition: content of partition.json.
+        environment: content of environment.json.
+    """
+
+    config: RunConfig
+    federation: Federation
+    base: BaseModel
+    label_names: tuple[str, ...]
+    scaling_clients: float
+    partition: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load data and model and build the federation.
+
+    Raises:
+        InputError: data, model and configuration do not fit together; the message says where.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    method = make_method(config.method.name, config.method.head)
+    examples = load_source(config, config.data.source)
+    label_names = find_label_names(config, examples)
+    device = resolve_device(config.device)
+    base = load_base_model(
+        config.model.source,
+        task=config.model.task,
+        dtype=config.model.dtype,
+        device=str(device),
+        num_labels=len(label_names) or None,
+        label_names=label_names or None,
+        seed=derive_seed(config.seed, "new_weights"),
+    )
+    data = encode_examples(config, examples, base, label_names)
+    splits = deal_examples(config, examples, data)
+    resident = adapt(
+        base.model,
+        target_modules=config.lora.target_modules,
+        rank=config.lora.rank,
+        dropout=config.lora.dropout,
+        head_modules=base.new_modules,
+    )
+    if isinstance(method, FlexLoRA):
+        require_rank(resident.layout, config.lora.rank)
+    if config.model.gradient_checkpointing:
+        resident.enable_gradient_checkpointing()
+    resolved = resolve(config, base, method, device, len(splits))
+    initial = draw_initial_a(resolved, method, splits, resident)
+    num_scaling_clients = scaling_clients(resolved, initial, len(splits))
+    external = load_external(resolved)
+    encoded = {split: encode_examples(resolved, rows, base, label_names) for split, rows in external.items()}
+    federation = _federation(resolved, method, data, splits, resident, base, initial, num_scaling_clients, encoded)
+    return Prepared(
+        resolved,
+        federation,
+        base,
+        label_names,
+        num_scaling_clients,
+        partition_record(examples, splits),
+        environment_record(resolved, base, initial, num_scaling_clients, federation.scaling)
+        | {"external_sha256": {split: rows.sha256 for split, rows in external.items()}},
+    )
+
+
+def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a function above
+    config: RunConfig,
+    method: Method,
+    data: EncodedData,
+    splits: Mapping[str, ClientSplit],
+    resident: ResidentModel,
+    base: BaseModel,
+    initial: InitialA,
+    num_scaling_clients: float,
+    external: Mapping[str, EncodedData],
+) -> Federation:
+    local, rounds = config.local, config.rounds
+    participants: dict[str, Sequence[int]] = {client_id: split.train for client_id, split in splits.items()}
+    local_steps = local.local_steps
+    if method.pools_data:
+        cohort_size = rounds.cohort_size or len(splits)
+        participants = {POOLED_ID: sorted(index for indices in participants.values() for index in indices)}
+        local_steps = None if local_steps is None else local_steps * cohort_size
+    training = LocalTraining(
+        optimizer=local.optimizer,
+        learning_rate_a_ratio=local.learning_rate_a_ratio,
+        weight_decay=local.weight_decay,
+        batch_size=local.batch_size,
+        accumulation=local.accumulation,
+        local_steps=local_steps,
+        local_epochs=local.local_epochs,
+        max_grad_norm=local.max_grad_norm,
+        keep_optimizer_state=local.optimizer_state == "keep",
+        proximal_mu=rounds.proximal_mu,
+    )
+    pad_token_id = base.tokenizer.pad_token_id
+    if not isinstance(pad_token_id, int):
+        raise ConfigError(f"model.source: {config.model.source} has no pad token")
+    return Federation(
+        resident=resident,
+        runner=SerialRunner(resident, data, training, config.model.task, pad_token_id, config.seed),
+        method=method,
+        data=data,
+        splits=splits,
+        participants=participants,
+        external=external,
+        initial=initial_adapter(resident, initial),
+        init=chosen_init(config),
+        scaling=scaling_factor(
+            config.lora.scaling, alpha=config.lora.alpha, rank=config.lora.rank, num_clients=num_scaling_clients
+        ),
+        effective_clients=initial.effective_clients,
+        task=config.model.task,
+        pad_token_id=pad_token_id,
+        batching=EvalBatching(config.evaluation.batch_size, config.evaluation.max_batch_tokens),
+        rounds=RoundSettings(
+            num_rounds=rounds.num_rounds,
+            cohort_size=None if method.pools_data else rounds.cohort_size,
+            weighting=rounds.weighting,
+            learning_rate=local.learning_rate,
+            schedule=local.schedule,
+            warmup_rounds=local.warmup_rounds,
+            evaluate_every=config.evaluation.every,
+            evaluated=_evaluated(config),
+            server_optimizer=_server_optimizer(config),
+        ),
+        seed=config.seed,
+    )
+
+
+def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
+    rounds = config.rounds
+    if rounds.server_optimizer == "none":
+        return None
+    if rounds.server_learning_rate == "auto":
+        raise ConfigError("rounds.server_learning_rate: auto was not resolved")
+    return ServerOptimizer(
+        rounds.server_optimizer,
+        rounds.server_learning_rate,
+        rounds.server_momentum,
+        rounds.server_beta2,
+        rounds.server_tau,
+    )
+
+
+def _evaluated(config: RunConfig) -> Literal["all", "cohort"] | int:
+    clients = config.evaluation.clients
+    if clients == "auto":
+        raise ConfigError("evaluation.clients: auto was not resolved")
+    return clients

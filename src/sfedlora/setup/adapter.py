@@ -1,0 +1,90 @@
+"""The adapter before round 1 and the N of the sfed rule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sfedlora.config import RunConfig
+from sfedlora.data.partition import ClientSplit
+from sfedlora.errors import ConfigError
+from sfedlora.federation.initialize import MAX_DRAWN_CLIENTS, InitialA, Initialization, form_initial_a
+from sfedlora.federation.sampling import sample_cohort
+from sfedlora.lora.inject import ResidentModel
+from sfedlora.methods import Method, client_weights
+from sfedlora.types import Part, select_parts
+
+__all__ = ["chosen_init", "draw_initial_a", "initial_adapter", "scaling_clients"]
+
+TOLERATED_COUNT_ERROR = 0.2
+
+
+def draw_initial_a(
+    config: RunConfig, method: Method, splits: Mapping[str, ClientSplit], resident: ResidentModel
+) -> InitialA:
+    """A before round 1. Methods that average nothing at the start get one draw (and `local` clients their own)."""
+    weights = _averaging_weights(config, splits)
+    init: Initialization = chosen_init(config) if method.averages_a else "shared"
+    initial = form_initial_a(resident.layout, config.lora.rank, weights=weights, init=init, seed=config.seed)
+    measured, intended = initial.measured_clients, initial.averaged_clients
+    if measured is not None and abs(measured / intended - 1.0) > TOLERATED_COUNT_ERROR:
+        warnings.warn(
+            f"the draws behave like {measured:.2f} effective clients, {intended:.2f} were intended; "
+            "the adapters are small or the draws are not independent",
+            stacklevel=2,
+        )
+    if init != "shared" and len(weights) > MAX_DRAWN_CLIENTS:
+        warnings.warn(
+            f"{len(weights)} clients: A is drawn from the law of the mean of their draws, not draw by draw, so the "
+            "effective number of clients is not measured",
+            stacklevel=2,
+        )
+    return initial
+
+
+def scaling_clients(config: RunConfig, initial: InitialA, num_clients: int) -> float:
+    """The N of the sfed rule; warns where sfed over-amplifies or is rslora in disguise."""
+    chosen = config.lora.num_clients
+    count = initial.effective_clients if chosen == "effective" else float(num_clients if chosen == "total" else chosen)
+    if config.lora.scaling != "sfed" or initial.effective_clients > 1.0 or num_clients == 1:
+        return count
+    formed = f"lora.init: {config.lora.init}, method {config.method.name}: A is not the average of independent draws"
+    if count > 1.0:
+        warnings.warn(
+            f"{formed}, so its variance is not divided by N and scaling sfed with N = {count:g} makes gamma "
+            f"sqrt({count:g}) times too large; use lora.init: independent or lora.num_clients: effective",
+            stacklevel=2,
+        )
+    else:
+        warnings.warn(
+            f"{formed}, so the effective number of clients is 1 and scaling sfed equals rslora here; "
+            "use lora.init: independent for SFed-LoRA",
+            stacklevel=2,
+        )
+    return count
+
+
+def initial_adapter(resident: ResidentModel, initial: InitialA) -> dict[str, Tensor]:
+    """A as formed, B zero, the head as the model has it now."""
+    before = resident.read()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in select_parts(before, [Part.B]).items()}
+    return {**before, **initial.tensors, **zeros}
+
+
+def chosen_init(config: RunConfig) -> Initialization:
+    """The initialisation of a resolved configuration."""
+    if config.lora.init == "auto":
+        raise ConfigError("lora.init: auto was not resolved")
+    return config.lora.init
+
+
+def _averaging_weights(config: RunConfig, splits: Mapping[str, ClientSplit]) -> dict[str, float]:
+    """Weights of the average that formed A: over all clients, for `local` over the cohort of round 1."""
+    members: Sequence[str] = sorted(splits)
+    if config.lora.init == "local":
+        members = sample_cohort(members, config.rounds.cohort_size, seed=config.seed, round_num=1)
+    counts = {client_id: len(splits[client_id].train) for client_id in members}
+    return client_weights(counts, config.rounds.weighting)

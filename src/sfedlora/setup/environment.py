@@ -1,0 +1,43 @@
+"""Content of environment.json: what a run was made with."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+from sfedlora.config import RunConfig
+from sfedlora.federation.initialize import InitialA
+from sfedlora.lora.base_model import BaseModel
+
+__all__ = ["environment_record"]
+
+
+def environment_record(
+    config: RunConfig, base: BaseModel, initial: InitialA, scaling_clients: float, scaling: float
+) -> dict[str, Any]:
+    """Versions, device, threads, seed, base model, and the counts behind gamma."""
+    packages = ("sfedlora", "torch", "transformers", "peft", "safetensors", "datasets", "tokenizers", "numpy")
+    return {
+        "schema_version": 1,
+        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "platform": platform.platform(),
+        "device": config.device,
+        "threads": config.threads,
+        "seed": config.seed,
+        "base_model": {
+            "source": config.model.source,
+            "loads_from": base.name_or_path,
+            "sha256": base.sha256,
+            "dtype": base.dtype,
+            "trained_in_full": list(base.new_modules),
+        },
+        "scaling": {
+            "rule": config.lora.scaling,
+            "gamma": scaling,
+            "num_clients": scaling_clients,
+            "effective_clients": initial.effective_clients,
+            "averaged_effective_clients": initial.averaged_clients,
+            "measured_effective_clients": initial.measured_clients,
+        },
+    }
