@@ -91,6 +91,8 @@ class PlainLoop:
         train_a: bool = True,
         classify: bool = False,
         pad: int = 0,
+        proximal_mu: float = 0.0,
+        anchored: Sequence[str] = (),
     ) -> None:
         found = _adapters(model)
         self.model, self.max_grad_norm, self.classify, self.pad = model, max_grad_norm, classify, pad
@@ -102,6 +104,8 @@ class PlainLoop:
             groups.append({"params": list(self.a.values()), "lr": learning_rate * a_ratio})
         make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
         self.optimizer = make(groups, weight_decay=weight_decay)
+        self.proximal_mu = proximal_mu
+        self.anchors = [(parameter, parameter.detach().clone()) for kind, _, parameter in found if kind in anchored]
         self.trained = [*self.b.values(), *self.head.values(), *(self.a.values() if train_a else ())]
 
     def run(self, steps: Sequence[Sequence[Sequence[Example]]]) -> Trained:
@@ -117,6 +121,9 @@ class PlainLoop:
             total, labels = total + float(summed.detach()), labels + count
             if number == 0:
                 result.first_norms = (_norm(self.a.values()), _norm(self.b.values()))
+            if self.proximal_mu and self.anchors:
+                squares = [(parameter - anchor).square().sum() for parameter, anchor in self.anchors]
+                (self.proximal_mu / 2 * torch.stack(squares).sum()).backward()  # type: ignore[no-untyped-call]
             if self.max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
             self.optimizer.step()
