@@ -110,6 +110,33 @@ def test_short_rounds_draw_from_a_wider_window() -> None:
     assert longs == {0, 8}  # a window of 8 examples would mix short and long ones
 
 
+def test_further_copies_widen_few_batches() -> None:
+    # 20 draws of 18 examples: all once, and two neighbours in length once more. Batches of one length each would compute
+    # 4 * (1 + 2 + 3 + 4 + 5) tokens; the further copies widen at most one batch, by one.
+    lengths = np.repeat(np.array([1, 2, 3, 4, 5], dtype=np.int64), [4, 4, 4, 4, 2])
+    for seed in range(20):
+        plan = plan_local_batches(
+            lengths, range(18), batch_size=4, local_steps=5, local_epochs=None, accumulation=1, seed=seed
+        )
+        counts = Counter(np.concatenate(flat(plan)).tolist())
+        first, second = (int(lengths[example]) for example, count in counts.items() if count == 2)
+        assert abs(first - second) in {0, 1, 4}  # the shortest and the longest count as neighbours
+        assert sum(len(batch) * int(lengths[batch].max()) for batch in flat(plan)) <= 4 * (1 + 2 + 3 + 4 + 5 + 1)
+
+
+def test_every_example_has_its_turn_where_all_come_more_than_once() -> None:
+    lengths = np.arange(1, 11)
+    counts: Counter[int] = Counter()
+    for seed in range(400):
+        plan = plan_local_batches(
+            lengths, range(10), batch_size=4, local_steps=3, local_epochs=None, accumulation=1, seed=seed
+        )
+        counts.update(np.concatenate(flat(plan)).tolist())
+    # 400 copies each and 800 further ones: 80 expected, standard deviation 8
+    assert min(counts[i] for i in range(10)) > 440
+    assert max(counts.values()) < 520
+
+
 def test_every_example_has_its_turn() -> None:
     lengths = np.arange(1, 41)
     counts: Counter[int] = Counter()

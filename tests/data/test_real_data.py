@@ -1,4 +1,4 @@
-"""Padding on the real demo data: tokens computed per real token, batches of 8, clients of 100 examples or more."""
+"""Padding on real data: tokens computed per real token, on clients of 100 examples or more and in the demo."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from sfedlora.data.encode import encode_causal
 from sfedlora.data.encoded import collate
 from sfedlora.data.examples import Examples, load_examples
 from sfedlora.data.partition import assign_clients, split_client
+from sfedlora.demo import DEMO_CLIENTS, TASKS, TaskName, prepare_data
+from sfedlora.seeds import derive_seed
 from sfedlora.sources import local_path
 
 CHATTERBOT = "package:chatterbot_corpus/data/english"
@@ -69,6 +71,34 @@ def test_chatterbot_with_the_tiny_tokenizer(local_steps: int) -> None:
     assert len(by_client) == 6
     assert 1.0 < overall <= LIMIT
     assert max(by_client.values()) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ["quick", pytest.param("chat", marks=missing("chatterbot_corpus"))])
+def test_the_demonstration(name: TaskName, tmp_path: Path) -> None:
+    task = TASKS[name]
+    examples = load_examples(str(prepare_data(task, tmp_path, DEMO_CLIENTS)))
+    tokenizer = AutoTokenizer.from_pretrained(local_path("package:sfedlora/assets/tiny_llama"))
+    data = encode_causal(examples, tokenizer, prompt="prompt", response="response", max_length=task.max_length)
+    clients = assign_clients(
+        scheme="column", num_rows=len(examples), num_clients=None, labels_or_column=examples.column("client")
+    )
+    batches = [
+        collate(data, batch, pad_token_id=0)
+        for client_id, rows in clients.items()
+        for round_num in range(1, task.num_rounds + 1)
+        for step in plan_local_batches(
+            data.lengths,
+            split_client(rows, client_id=client_id, seed=0, fractions=task.split).train,
+            batch_size=task.batch_size,
+            local_steps=task.local_steps,
+            local_epochs=None,
+            accumulation=1,
+            seed=derive_seed(0, "batches", client_id, round_num),
+        )
+        for batch in step
+    ]
+    assert len(batches) == DEMO_CLIENTS * task.num_rounds * task.local_steps
+    assert 1.0 < sum(batch.input_ids.numel() for batch in batches) / sum(batch.num_tokens for batch in batches) <= LIMIT
 
 
 @pytest.mark.slow
