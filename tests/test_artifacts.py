@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,15 @@ from sfedlora.types import ServerState
 CLIENTS = ["a", "../b", "Ä/ö", "CON", ""]
 
 
+def _progress(best_round: int) -> dict[str, Any]:
+    return {"initial": {}, "best_round": best_round, "best_loss": 0.5}
+
+
 def _checkpoint(round_num: int, **values: float) -> Checkpoint:
     personal = {client: {"b:x": torch.tensor([values.get(client, 0.0)])} for client in CLIENTS}
     server = ServerState(round_num, {"a:x": torch.full((2,), float(round_num))}, {"moment": torch.ones(1)})
     optimizer = {"a": {"b/exp_avg": torch.tensor([2.5])}}
-    return Checkpoint(FederationState(server, personal, optimizer), {"best_round": round_num})
+    return Checkpoint(FederationState(server, personal, optimizer), _progress(round_num))
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def directory(tmp_path: Path) -> RunDirectory:
 def test_a_checkpoint_comes_back(directory: RunDirectory) -> None:
     directory.save_checkpoint(_checkpoint(1, a=1.5), changed=CLIENTS, best_round=None)
     loaded = directory.load_checkpoint(1)
-    assert loaded.progress == {"best_round": 1}
+    assert loaded.progress == _progress(1)
     assert loaded.state.server.round_num == 1
     assert loaded.state.server.shared["a:x"].tolist() == [1.0, 1.0]
     assert loaded.state.server.extra["moment"].tolist() == [1.0]
@@ -80,8 +86,67 @@ def test_metrics_are_appended_dropped_and_repaired(directory: RunDirectory) -> N
     directory.drop_metrics_after(2)
     assert (directory.path / "metrics.jsonl").read_text(encoding="utf-8").count("\n") == 2
     (directory.path / "metrics.jsonl").write_text("{torn\n{}\n", encoding="utf-8")
-    with pytest.raises(StorageError, match="not valid JSON lines"):
+    with pytest.raises(StorageError, match=r"metrics\.jsonl, line 1: not valid JSON"):
         directory.metrics()
+
+
+def test_a_metrics_line_torn_inside_a_character_is_left_out(directory: RunDirectory) -> None:
+    directory.append_metrics({"round_num": 1, "cohort": ["Zürich"]})
+    whole = (directory.path / "metrics.jsonl").read_bytes()
+    torn = whole[: whole.index("ü".encode()) + 1]
+    (directory.path / "metrics.jsonl").write_bytes(whole + torn)
+    assert directory.metrics() == [{"round_num": 1, "cohort": ["Zürich"]}]
+    directory.drop_metrics_after(1)
+    assert (directory.path / "metrics.jsonl").read_bytes() == whole
+    (directory.path / "metrics.jsonl").write_bytes(whole + torn + b"\n")
+    with pytest.raises(StorageError, match=r"line 2: not valid JSON"):
+        directory.metrics()
+
+
+DAMAGED = {
+    "partition.json": ("{}", r"partition\.json: .*source_sha256 is missing"),
+    "environment.json": (
+        '{"base_model": {"sha256": "0"}, "scaling": 1}',
+        r"environment\.json: .*scaling\.gamma is missing",
+    ),
+    "summary.json": ('{"a": 1}', r"summary\.json: .*initial\.validation\.weighted is missing"),
+    "metrics.jsonl": ("1\n", r"metrics\.jsonl, line 1: .*expected a JSON object, found int"),
+    "checkpoints/round-000001/state.json": ("{}", r"round-000001/state\.json: .*round_num is missing"),
+    "checkpoints/partial/a.json": (
+        '{"client_id": "a", "round_num": "2"}',
+        r"partial/a\.json: .*round_num is str",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named_with_what_it_lacks(name: str, directory: RunDirectory) -> None:
+    content, message = DAMAGED[name]
+    directory.save_checkpoint(_checkpoint(1), changed=CLIENTS, best_round=None)
+    (directory.path / "checkpoints" / "partial").mkdir()
+    (directory.path / name).write_text(content, encoding="utf-8")
+    read = {
+        "partition.json": directory.partition,
+        "environment.json": directory.environment,
+        "summary.json": directory.summary,
+        "metrics.jsonl": directory.metrics,
+        "checkpoints/round-000001/state.json": lambda: directory.load_checkpoint(1),
+        "checkpoints/partial/a.json": lambda: directory.load_partial(2),
+    }[name]
+    with pytest.raises(StorageError, match=message):
+        read()
+
+
+def test_a_state_without_progress_and_a_folder_that_is_no_checkpoint(directory: RunDirectory) -> None:
+    directory.save_checkpoint(_checkpoint(1), changed=CLIENTS, best_round=None)
+    path = directory.path / "checkpoints" / "round-000001" / "state.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, "progress": {}}), encoding="utf-8")
+    with pytest.raises(StorageError, match=r"progress\.initial is missing"):
+        directory.load_checkpoint(1)
+    (directory.path / "checkpoints" / "round-x").mkdir()
+    with pytest.raises(StorageError, match="round-x: no checkpoint"):
+        directory.rounds_kept()
 
 
 @pytest.mark.parametrize("part", ["state.json", "server.safetensors", "clients/a.safetensors"])

@@ -13,11 +13,11 @@ hard link to its file in the checkpoint before.
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from sfedlora.federation.state import FederationState
 from sfedlora.storage import (
     append_line,
     directory_written_whole,
-    read_json,
+    read_record,
+    read_records,
     read_tensors,
     to_json,
     write_json,
@@ -41,6 +42,15 @@ from sfedlora.types import ServerState, Tensors
 __all__ = ["Checkpoint", "RunDirectory"]
 
 _SHARED, _EXTRA, _PERSONAL, _OPTIMIZER = "shared/", "extra/", "personal/", "optimizer/"
+_ROUND_FOLDER = re.compile(r"round-([0-9]{6,9})")
+_SUMMARY: dict[str, Any] = {
+    f"{when}.{split}.weighted": dict for when in ("initial", "last", "best") for split in ("validation", "test")
+}
+_SUMMARY |= {"last.round_num": int, "best.round_num": int}
+_STATE: dict[str, Any] = {"round_num": int, "clients": dict}
+_STATE |= {f"progress.{name}": object for name in ("initial", "best_round", "best_loss")}
+_PARTIAL: dict[str, Any] = {"client_id": str, "round_num": int, "num_examples": int, "metrics": dict}
+_PARTIAL |= {f"metrics.{field.name}": object for field in fields(TrainMetrics)}
 
 
 @dataclass(frozen=True)
@@ -130,30 +140,30 @@ class RunDirectory:
         return RunConfig.load(self.path / "config.yaml")
 
     def partition(self) -> dict[str, Any]:
-        """partition.json."""
-        content: dict[str, Any] = read_json(self.path / "partition.json")
-        return content
+        """partition.json.
+
+        Raises:
+            StorageError: it is missing or damaged; so also for the other files here.
+        """
+        return read_record(self.path / "partition.json", {"source_sha256": str, "clients": dict})
 
     def environment(self) -> dict[str, Any]:
         """environment.json."""
-        content: dict[str, Any] = read_json(self.path / "environment.json")
-        return content
+        kinds = {"base_model.sha256": str, "scaling.gamma": int | float, "external_sha256": dict}
+        return read_record(self.path / "environment.json", kinds)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one round's line to metrics.jsonl."""
         append_line(self.path / "metrics.jsonl", to_json(record))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a torn last line (power loss while it was written) is left out."""
+        """All lines of metrics.jsonl; a torn last line (power loss while it was written) is left out.
+
+        Raises:
+            StorageError: a complete line is damaged.
+        """
         path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        complete = [line for line in lines[:-1] if line]
-        try:
-            return [json.loads(line) for line in complete]
-        except ValueError as error:
-            raise StorageError(f"{path}: not valid JSON lines ({error})") from None
+        return read_records(path, {"round_num": int}) if path.is_file() else []
 
     def drop_metrics_after(self, round_num: int) -> None:
         """Take back the lines of rounds that no checkpoint holds."""
@@ -163,8 +173,7 @@ class RunDirectory:
     def summary(self) -> dict[str, Any]:
         """summary.json; empty while the run is not finished."""
         path = self.path / "summary.json"
-        content: dict[str, Any] = read_json(path) if path.is_file() else {}
-        return content
+        return read_record(path, _SUMMARY) if path.is_file() else {}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json, the mark of a finished run."""
@@ -189,9 +198,18 @@ class RunDirectory:
     # checkpoints
 
     def rounds_kept(self) -> list[int]:
-        """Rounds that have a complete checkpoint, oldest first."""
-        folders = (self.path / "checkpoints").glob("round-*")
-        return sorted(int(folder.name.removeprefix("round-")) for folder in folders)
+        """Rounds that have a complete checkpoint, oldest first.
+
+        Raises:
+            StorageError: a name among the checkpoints that no run gives.
+        """
+        rounds = []
+        for folder in (self.path / "checkpoints").glob("round-*"):
+            matched = _ROUND_FOLDER.fullmatch(folder.name)
+            if matched is None:
+                raise StorageError(f"{folder}: no checkpoint; expected names such as round-000003; move it elsewhere")
+            rounds.append(int(matched[1]))
+        return sorted(rounds)
 
     def save_checkpoint(self, checkpoint: Checkpoint, *, changed: Sequence[str], best_round: int | None) -> None:
         """Write the state after a round and drop the checkpoints that are no longer needed.
@@ -230,11 +248,11 @@ class RunDirectory:
             StorageError: a part is missing or damaged.
         """
         folder = self._checkpoint_path(round_num)
-        content = read_json(folder / "state.json")
+        content = read_record(folder / "state.json", _STATE)
         server = read_tensors(folder / "server.safetensors")
         personal, optimizer = {}, {}
-        for client_id, name in content["clients"].items():
-            tensors = read_tensors(folder / "clients" / f"{name}.safetensors")
+        for client_id in content["clients"]:
+            tensors = read_tensors(folder / "clients" / f"{safe_directory_name(client_id)}.safetensors")
             personal[client_id] = _without_prefix(_PERSONAL, tensors)
             moments = _without_prefix(_OPTIMIZER, tensors)
             if moments:
@@ -265,7 +283,7 @@ class RunDirectory:
         """Outcomes kept for an interrupted round; those of another round are ignored."""
         outcomes: dict[str, ClientOutcome] = {}
         for path in sorted(self._partial_path().glob("*.json")):
-            facts = read_json(path)
+            facts = read_record(path, _PARTIAL)
             if facts["round_num"] != round_num:
                 continue
             tensors = read_tensors(path.with_suffix(".safetensors"))
@@ -275,7 +293,7 @@ class RunDirectory:
                 facts["num_examples"],
                 _without_prefix(_PERSONAL, tensors),
                 _without_prefix(_OPTIMIZER, tensors),
-                TrainMetrics(**facts["metrics"]),
+                TrainMetrics(**{field.name: facts["metrics"][field.name] for field in fields(TrainMetrics)}),
             )
         return outcomes
 

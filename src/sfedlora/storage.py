@@ -22,6 +22,8 @@ __all__ = [
     "append_line",
     "directory_written_whole",
     "read_json",
+    "read_record",
+    "read_records",
     "read_tensors",
     "to_json",
     "write_bytes",
@@ -90,8 +92,44 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_record(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a JSON object that must hold certain values.
+
+    Args:
+        path: the file.
+        kinds: dotted key -> type or union of types of its value; `object` where any value will do.
+
+    Raises:
+        StorageError: it is missing, not JSON, no object, or a value is missing or of another type.
+    """
+    return _checked(read_json(path), kinds, str(path))
+
+
+def read_records(path: Path, kinds: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read a JSON Lines file of objects as `read_record`; a torn last line (no line end yet) is left out.
+
+    Raises:
+        StorageError: as `read_record`; the message names the line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        where = f"{path}, line {number}"
+        try:
+            content = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise StorageError(f"{where}: not valid JSON ({error})") from None
+        records.append(_checked(content, kinds, where))
+    return records
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -136,6 +174,22 @@ def directory_written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _checked(content: Any, kinds: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise StorageError(f"{where}: damaged or edited: expected a JSON object, found {type(content).__name__}")
+    for dotted, kind in kinds.items():
+        value: Any = content
+        for key in dotted.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise StorageError(f"{where}: damaged or edited: {dotted} is missing; put the original file back")
+            value = value[key]
+        if not isinstance(value, kind):
+            raise StorageError(
+                f"{where}: damaged or edited: {dotted} is {type(value).__name__}; put the original file back"
+            )
+    return content
 
 
 def _plain(value: Any) -> Any:
