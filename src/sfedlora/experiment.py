@@ -8,14 +8,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sfedlora.artifacts import Checkpoint, RunDirectory
 from sfedlora.config import RunConfig
-from sfedlora.errors import DataError, InputError, Interrupted, StorageError
+from sfedlora.errors import ConfigError, DataError, InputError, Interrupted, StorageError
 from sfedlora.federation.client import ClientOutcome
 from sfedlora.federation.evaluate import EvalResult, mean_results
 from sfedlora.federation.round import (
@@ -109,14 +115,13 @@ def run_events(config: RunConfig) -> Iterator[RunEvent]:
     """The events of a new run, ending with its `RunResult`."""
     output = Path(config.output)
     RunDirectory.check_free(output)
-    prepared = prepare(config)
-    directory = RunDirectory.create(output, prepared.config, prepared.environment, prepared.partition)
-    yield RunPrepared(prepared, output, 1)
-    state = initial_state(prepared.federation)
-    progress: dict[str, Any] = {"best_round": None, "best_loss": None}
-    progress["initial"] = yield from _evaluate_both(prepared.federation, state)
-    directory.save_checkpoint(Checkpoint(state, progress), changed=(), best_round=0)
-    yield from _drive(directory, prepared, state, progress, {})
+    with _threads_restored():
+        prepared = prepare(config)
+        environment = {**prepared.environment, "config_sha256": _config_digest(prepared.config)}
+        directory = RunDirectory.create(output, prepared.config, environment, prepared.partition)
+        yield RunPrepared(prepared, output, 1)
+        state, progress = yield from _begin(directory, prepared)
+        yield from _drive(directory, prepared, state, progress, {})
 
 
 def resume_events(run_dir: Path) -> Iterator[RunEvent]:
@@ -125,24 +130,23 @@ def resume_events(run_dir: Path) -> Iterator[RunEvent]:
     if directory.summary():
         yield RunResult(run_dir, directory.summary(), tuple(directory.metrics()))
         return
-    config = _with_output(directory.config(), run_dir)
-    prepared = prepare(config)
-    _require_same(directory, prepared)
-    directory.remove_leftovers()
-    rounds = directory.rounds_kept()
-    if rounds:
-        checkpoint = directory.load_checkpoint(rounds[-1])
-        state, progress = checkpoint.state, dict(checkpoint.progress)
-        finished = directory.load_partial(rounds[-1] + 1)
-    else:
-        state, finished = initial_state(prepared.federation), {}
-        progress = {"best_round": None, "best_loss": None}
-    yield RunPrepared(prepared, run_dir, state.server.round_num + 1)
-    if not rounds:
-        progress["initial"] = yield from _evaluate_both(prepared.federation, state)
-        directory.save_checkpoint(Checkpoint(state, progress), changed=(), best_round=0)
-    directory.drop_metrics_after(state.server.round_num)
-    yield from _drive(directory, prepared, state, progress, finished)
+    config = directory.config()
+    _require_same_config(directory, config)
+    with _threads_restored():
+        prepared = prepare(_with_output(config, run_dir))
+        _require_same(directory, prepared)
+        directory.remove_leftovers()
+        rounds = directory.rounds_kept()
+        yield RunPrepared(prepared, run_dir, rounds[-1] + 1 if rounds else 1)
+        if rounds:
+            checkpoint = directory.load_checkpoint(rounds[-1])
+            state, progress = checkpoint.state, dict(checkpoint.progress)
+            finished = directory.load_partial(rounds[-1] + 1)
+        else:
+            state, progress = yield from _begin(directory, prepared)
+            finished = {}
+        directory.drop_metrics_after(state.server.round_num)
+        yield from _drive(directory, prepared, state, progress, finished)
 
 
 def load_state(run_dir: Path, round_num: int | None = None) -> tuple[Prepared, FederationState]:
@@ -184,6 +188,17 @@ def write_adapter(prepared: Prepared, tensors: Tensors, directory: Path) -> None
     )
 
 
+def _begin(
+    directory: RunDirectory, prepared: Prepared
+) -> Generator[ClientEvaluated, None, tuple[FederationState, dict[str, Any]]]:
+    """Evaluate and store the state before round 1."""
+    state = initial_state(prepared.federation)
+    initial = yield from _evaluate_both(prepared.federation, state)
+    progress = {"best_round": None, "best_loss": None, "initial": initial}
+    directory.save_checkpoint(Checkpoint(state, progress), changed=(), best_round=0)
+    return state, progress
+
+
 def _drive(
     directory: RunDirectory,
     prepared: Prepared,
@@ -213,7 +228,7 @@ def _store_round(
     """Store a round: its metrics line first, so that a checkpoint never lacks its line."""
     loss = event.record["eval_loss"]
     updated = dict(progress)
-    if loss is not None and (updated["best_loss"] is None or loss < updated["best_loss"]):
+    if loss is not None and math.isfinite(loss) and (updated["best_loss"] is None or loss < updated["best_loss"]):
         updated |= {"best_round": event.record["round_num"], "best_loss": loss}
     directory.append_metrics(event.record)
     directory.save_checkpoint(Checkpoint(event.state, updated), changed=changed, best_round=updated["best_round"])
@@ -267,6 +282,31 @@ def _evaluate_split(
         "unweighted": mean_results(results, weighted=False),
     }
     return means | evaluate_external(federation, state, list(results), split)
+
+
+def _config_digest(config: RunConfig) -> str:
+    """Digest of every setting but the run directory, which may be moved."""
+    settings = config.model_dump(mode="json", exclude={"output"})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _require_same_config(directory: RunDirectory, config: RunConfig) -> None:
+    """Refuse a config.yaml that was edited: gamma, data order and seeds are constants of a run."""
+    if directory.environment().get("config_sha256") != _config_digest(config):
+        raise ConfigError(
+            f"{directory.path / 'config.yaml'}: was edited since the run began; put it back, or run the edited "
+            "file with another output"
+        )
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    """Leave the process with the thread count it had: a run sets its own."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _require_same(directory: RunDirectory, prepared: Prepared) -> None:

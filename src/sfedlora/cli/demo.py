@@ -30,6 +30,7 @@ from sfedlora.demo import (
     prepare_data,
     recorded_sweep,
 )
+from sfedlora.errors import ConfigError
 
 __all__ = ["demo"]
 
@@ -42,8 +43,10 @@ class TaskChoice(StrEnum):
 
 
 def demo(
-    task: Annotated[TaskChoice, typer.Option(help="chat: SmolLM2-135M. sentiment: MiniLM-L6.")] = TaskChoice.chat,
-    quick: Annotated[bool, typer.Option("--quick", help="The tiny model of the package: under a minute.")] = False,
+    task: Annotated[
+        TaskChoice | None, typer.Option(help="chat (if not given): SmolLM2-135M. sentiment: MiniLM-L6.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Chat on the tiny model of the package, in a minute.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder; runs/demo-TASK if not given.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with downloaded data (sentiment).")] = None,
 ) -> None:
@@ -52,7 +55,9 @@ def demo(
     from sfedlora.compare import compare_events
 
     begin = time.monotonic()
-    chosen = TASKS["quick" if quick else task.value]
+    if quick and task is TaskChoice.sentiment:
+        raise ConfigError("--quick is a chat task on the packaged tiny model; give --quick or --task sentiment")
+    chosen = TASKS["quick" if quick else (task or TaskChoice.chat).value]
     folder = output if output is not None else Path("runs") / f"demo-{chosen.name}"
     data = prepare_data(chosen, folder, DEMO_CLIENTS, data_dir)
     cells = demo_cells(chosen, data, folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sfedlora.federation.client import ClientOutcome
 from sfedlora.federation.evaluate import EvalResult, mean_results
+from sfedlora.federation.objective import Task
 
 __all__ = ["client_records", "evaluation_record", "training_record"]
 
@@ -26,25 +27,26 @@ def training_record(outcomes: Mapping[str, ClientOutcome]) -> dict[str, Any]:
     }
 
 
-def evaluation_record(evaluated: Mapping[str, EvalResult]) -> dict[str, Any]:
-    """Means over the evaluated clients; empty in a round without evaluation."""
+def evaluation_record(evaluated: Mapping[str, EvalResult], task: Task) -> dict[str, Any]:
+    """Means over the evaluated clients; null in a round without evaluation."""
     if not evaluated:
-        return {"eval_loss": None, "eval_loss_unweighted": None}
+        names = ["eval_loss", *(["perplexity"] if task == "causal-lm" else ["accuracy", "macro_f1"])]
+        return dict.fromkeys([*names, *(f"{name}_unweighted" for name in names)])
     unweighted = mean_results(evaluated, weighted=False)
     return mean_results(evaluated, weighted=True) | {f"{name}_unweighted": value for name, value in unweighted.items()}
 
 
 def client_records(
-    outcomes: Mapping[str, ClientOutcome], evaluated: Mapping[str, EvalResult]
+    outcomes: Mapping[str, ClientOutcome], evaluated: Mapping[str, EvalResult], num_examples: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """One entry per client that trained or was evaluated."""
+    """One entry per client that trained or was evaluated; `num_examples` counts its training examples."""
     records: dict[str, dict[str, Any]] = {}
     for client_id in sorted(outcomes.keys() | evaluated.keys()):
-        records[client_id] = {}
+        trained_on = outcomes[client_id].num_examples if client_id in outcomes else num_examples[client_id]
+        records[client_id] = {"num_examples": trained_on}
         if client_id in outcomes:
             outcome = outcomes[client_id]
             records[client_id] |= {
-                "num_examples": outcome.num_examples,
                 "train_loss": outcome.metrics.train_loss,
                 "num_steps": outcome.metrics.num_steps,
                 "grad_norm_a": outcome.metrics.grad_norm_a,

@@ -108,16 +108,16 @@ def _run_round(
         list(federation.participants), settings.cohort_size, seed=federation.seed, round_num=round_num
     )
     yield RoundStarted(round_num, cohort)
-    work = [_make_work(federation, state, client_id) for client_id in cohort]
-    gain = fmean(_gain(item.start, federation.scaling) for item in work)
-
+    gains: list[float] = []
     clock = time.perf_counter()
     outcomes: dict[str, ClientOutcome] = {}
     excluded: dict[str, str] = {}
     for client_id in sorted(done):
+        gains.append(_gain(starting_adapter(federation, state, client_id), federation.scaling))
         outcomes[client_id] = done[client_id]
         yield ClientTrained(round_num, client_id, done[client_id], None)
-    for result in federation.runner.run_cohort(item for item in work if item.client_id not in outcomes):
+    waiting = [client_id for client_id in cohort if client_id not in outcomes]
+    for result in federation.runner.run_cohort(_work_of(federation, state, waiting, gains)):
         if isinstance(result, ClientError):
             excluded[result.client_id] = result.reason
             yield ClientTrained(round_num, result.client_id, None, result)
@@ -145,15 +145,17 @@ def _run_round(
         "round_num": round_num,
         "cohort": list(cohort),
         **training_record(outcomes),
-        **evaluation_record(evaluated),
+        **evaluation_record(evaluated, federation.task),
         **external,
-        "gain": gain,
+        "gain": fmean(gains),
         "scaling": federation.scaling,
         "effective_clients": federation.effective_clients,
         **_traffic_record(federation, state, updates, cohort),
         **seconds,
         "excluded": dict(sorted(excluded.items())),
-        "clients": client_records(outcomes, evaluated),
+        "clients": client_records(
+            outcomes, evaluated, {key: len(split.train) for key, split in federation.splits.items()}
+        ),
     }
     yield RoundFinished(state, record)
     return state
@@ -186,6 +188,16 @@ def evaluate_external(
         _load_for_serving(federation, state, client_id)
         results[client_id] = _evaluate(federation, data, range(len(data)))
     return {f"external_{split}": mean_results(results, weighted=False)}
+
+
+def _work_of(
+    federation: Federation, state: FederationState, client_ids: Sequence[str], gains: list[float]
+) -> Iterator[ClientWork]:
+    """The work of each client, made when the runner asks for it; notes the gain it starts with."""
+    for client_id in client_ids:
+        work = _make_work(federation, state, client_id)
+        gains.append(_gain(work.start, federation.scaling))
+        yield work
 
 
 def _make_work(federation: Federation, state: FederationState, client_id: str) -> ClientWork:
