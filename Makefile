@@ -88,7 +88,7 @@ format: $(VENV)/.dev
 
 # Swap cost of the serial runner on the packaged tiny model; see benchmarks/swap.py for real models.
 bench: $(VENV)/.run
-	$(BIN)/python benchmarks/swap.py --ranks 8 128
+	$(BIN)/python benchmarks/swap.py
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
