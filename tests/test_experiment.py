@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.command_line import sfedlora, write_config
 
 from sfedlora.artifacts import RunDirectory
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError, Interrupted
 from sfedlora.experiment import resume, run, run_events
 from sfedlora.federation.round import RoundFinished
+from support.command_line import sfedlora, write_config
 
 
 def stopped_after_round_1(tmp_path: Path, **sections: object) -> Path:
     output = tmp_path / "run"
     config = RunConfig.load(write_config(tmp_path / "run.yaml", output=str(output), **sections))
-    events = run_events(config)
+    for event in (events := run_events(config)):
+        if isinstance(event, RoundFinished):
+            break
     with pytest.raises(Interrupted):
-        for event in events:
-            if isinstance(event, RoundFinished):
-                events.throw(Interrupted("stop"))  # type: ignore[attr-defined]
+        events.throw(Interrupted("stop"))  # type: ignore[attr-defined]
     return output
 
 
