@@ -89,6 +89,7 @@ LAYOUTS: dict[str, Callable[[], ResidentModel]] = {
     "linear+head": lambda: _adapted(tiny_bert_classifier(), ("query", "value"), ("classifier",)),
 }
 
+PROGRESS = {"initial": None, "best_round": None, "best_loss": None}
 NO_SFED = ("flexlora", "sfed")
 """The one pair of method and scaling rule that a configuration refuses."""
 
@@ -450,7 +451,7 @@ def test_the_state_survives_saving_and_loading_bit_for_bit(name: str, small: Res
     personal = {client: select_parts(own, scene.method.personal_parts()) for client, own in scene.held.items()}
     directory = RunDirectory(tmp_path / "run")
     directory.save_checkpoint(
-        Checkpoint(FederationState(after, personal, {}), {}), changed=scene.cohort, best_round=None
+        Checkpoint(FederationState(after, personal, {}), PROGRESS), changed=scene.cohort, best_round=None
     )
     loaded = directory.load_checkpoint(ROUND).state
     assert loaded.server.round_num == ROUND
