@@ -148,5 +148,9 @@ def _require_clients(clients: Sequence[str], known: Collection[str]) -> None:
 
 
 def _require_empty(target: Path) -> None:
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    try:
+        taken = any(target.iterdir()) if target.is_dir() else target.exists() or target.is_symlink()
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be used ({error.strerror}); choose another folder") from None
+    if taken:
         raise ConfigError(f"{target}: already exists and is not empty; choose another folder")

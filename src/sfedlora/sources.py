@@ -15,6 +15,7 @@ from sfedlora.errors import InputError
 __all__ = ["PACKAGE_PREFIX", "cache_root", "local_path"]
 
 PACKAGE_PREFIX = "package:"
+LONGEST_SHOWN = 120
 
 
 def local_path(source: str) -> Path | None:
@@ -27,12 +28,21 @@ def local_path(source: str) -> Path | None:
         An existing path, or None where the source can only be a hub id.
 
     Raises:
-        InputError: a package that is not installed, a path that leaves the package or does not exist.
+        InputError: a package that is not installed, a path that leaves the package or does not exist, one that the
+            file system refuses (too long, not permitted), a home folder of nobody.
     """
-    if source.startswith(PACKAGE_PREFIX):
-        return _inside_package(source)
-    path = Path(source).expanduser()
-    return path if path.exists() else None
+    try:
+        if source.startswith(PACKAGE_PREFIX):
+            return _inside_package(source)
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except OSError as error:
+        shown = source if len(source) <= LONGEST_SHOWN else f"{source[:LONGEST_SHOWN]}..."
+        raise InputError(
+            f"{shown!r}: cannot be used as a path ({error.strerror}); expected a path or a hub id"
+        ) from None
+    except RuntimeError:
+        raise InputError(f"{source!r}: there is no such home folder; give the whole path") from None
 
 
 def cache_root() -> Path:
@@ -45,7 +55,10 @@ def _inside_package(source: str) -> Path:
     name, _, inside = source.removeprefix(PACKAGE_PREFIX).partition("/")
     if not name.isidentifier():
         raise InputError(f"{source!r}: expected package:NAME/path with NAME an importable package name")
-    spec = find_spec(name)
+    try:
+        spec = find_spec(name)
+    except ValueError:  # a module without a spec, such as __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{source!r}: package {name!r} is not installed here; install it with pip first")
     relative = PurePosixPath(inside)

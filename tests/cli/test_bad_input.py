@@ -50,6 +50,7 @@ FILES = {
     "key of another type": (YAML_HEAD + "7: 8\n", ["line 4", "7: keys should be strings"]),
     "duplicate key": (YAML_HEAD + "seed: 1\nseed: 2\n", ["line 5", "seed was already given on line 4"]),
     "duplicate in a section": (YAML_HEAD + "lora: {rank: 1, alpha: 2, rank: 3}\n", ["line 4", "lora.rank"]),
+    "unknown preset": (YAML_HEAD + "preset: fedsaa\n", ["line 4: preset: unknown preset 'fedsaa'", "did you mean"]),
     "missing section": ("model: {source: x}\n", ["data is required", "partition is required"]),
     "empty": ("", ["the file is empty", "model, data and partition"]),
     "only a comment": ("# nothing\n", ["the file is empty"]),
@@ -112,6 +113,19 @@ OVERRIDES = {
     "unknown method": (["method.name=fedsaa"], ["method.name", "'fedsa'", "'fedsaa'"]),
     "unknown scaling": (["lora.scaling=sqrt"], ["lora.scaling", "'rslora'", "'sqrt'"]),
     "unknown device": (["device=tpu9"], ["device", "'tpu9'", "auto"]),
+    "a device that computes nothing": (["device=meta"], ["device", "'meta'", "cuda:N"]),
+    "a model name that is too long": (["model.source=" + "x" * 300], ["cannot be used as a path", "too long"]),
+    "a data name that is too long": (["data.source=" + "x" * 300], ["cannot be used as a path", "too long"]),
+    "a home folder of nobody": (["data.source=~nosuchuser/x"], ["'~nosuchuser/x'", "no such home folder"]),
+    "NUL in a path": (['output="a\\0b"'], ["output", "NUL", "'a\\x00b'"]),
+    "invalid Unicode": (['data.group="\\ud800"'], ["data.group", "invalid Unicode"]),
+    "threads without end": (["threads=1000000000000"], ["threads", "less than or equal to 1024"]),
+    "a rank beyond memory": (["lora.rank=100000000000"], ["lora.rank", "less than or equal to 1000000"]),
+    "steps without end": (["local.local_steps=" + "9" * 23], ["local.local_steps", "less than or equal to 1000000"]),
+    "accumulation without end": (["local.accumulation=" + "9" * 20], ["local.accumulation", "less than or equal"]),
+    "passes without end": (["local.accumulation=600000"], ["local_steps 2 times accumulation", "lower one"]),
+    "a length without end": (["data.max_length=" + "9" * 20], ["data.max_length", "less than or equal to 1000000"]),
+    "clients beyond float32": (["lora.num_clients=1e200"], ["lora.num_clients", "less than or equal to 1"]),
     "no such GPU": (["device=cuda:7"], ["device", "cuda:7"]),
     "a rate beyond float32": (["local.learning_rate=1e60"], ["local.learning_rate", "less than or equal to 1000000"]),
     "alpha beyond float32": (["lora.alpha=1e200"], ["lora.alpha", "less than or equal to 1000000"]),
@@ -350,3 +364,28 @@ def test_a_comparison_that_cannot_be_made(config: Path, tmp_path: Path, capsys: 
     refused(compare("--vary", "output=a,b"), "--output", output=output)
     refused(compare("output=a", "--ranks", "4,8"), "--output", output=output)
     refused(compare("--vary", "lora.rnk=4,8"), "did you mean 'rank'?", output=output)
+
+
+def test_a_client_id_with_invalid_unicode(config: Path, tmp_path: Path, capsys: Capsys) -> None:
+    rows = [{"prompt": "a", "response": "b", "topic": topic} for topic in ("one", "\ud800two") for _ in range(20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    outcome = sfedlora(capsys, "run", config, f"data.source={path}", "partition.num_clients=2")
+    refused(outcome, "row 20 holds invalid Unicode", "ud800two", output=tmp_path / "out")
+
+
+def test_a_cache_that_is_no_folder(
+    config: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("SFEDLORA_CACHE", "/dev/null")
+    outcome = sfedlora(capsys, "run", config, f"model.source={tmp_path / 'model.gguf'}")
+    refused(outcome, "/dev/null", "SFEDLORA_CACHE", output=tmp_path / "out")
+
+
+def test_names_that_are_too_long_for_a_finished_run(config: Path, tmp_path: Path, capsys: Capsys) -> None:
+    assert sfedlora(capsys, "run", config).code == 0
+    long = "x" * 300
+    refused(sfedlora(capsys, "evaluate", tmp_path / "out", "--data", long), "cannot be used as a path")
+    for merged in ([], ["--merged"]):
+        refused(sfedlora(capsys, "export", tmp_path / "out", tmp_path / long, *merged), "cannot be used", "too long")

@@ -7,14 +7,16 @@ checked without the model and the data is checked here; `resolve` in `experiment
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from sfedlora.config.presets import PRESETS
 from sfedlora.config.sections import (
+    Count,
     DataSection,
     EvaluationSection,
     LocalSection,
@@ -25,6 +27,7 @@ from sfedlora.config.sections import (
     PrivacySection,
     RoundsSection,
     Section,
+    Text,
 )
 from sfedlora.config.yaml_file import Document, dump_yaml, parse_scalar, read_yaml
 from sfedlora.errors import ConfigError
@@ -38,12 +41,20 @@ LONGEST_VALUE = 120
 AVERAGING_METHODS = ("fedsa", "fedit", "ffa", "rolora", "flexlora", "hetlora", "fair")
 FROZEN_A_METHODS = ("ffa", "rolora")
 """In round 1 their A is not trained and must be the same for all."""
+LARGEST_THREADS = 1024
+"""More cannot be started on most systems, which ends the process."""
+
+
+def _known_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
+        raise ValueError(f"{_shown(device)} cannot be used; expected auto, cpu, mps, cuda or cuda:N")
+    return device
 
 
 class RunConfig(Section):
     """Everything that defines a run."""
 
-    preset: str | None = None
+    preset: Text | None = None
     """Optional row of the methods table that fills in method and scaling; explicit keys win over it."""
     model: ModelSection
     data: DataSection
@@ -60,13 +71,13 @@ class RunConfig(Section):
     """How a cohort is executed on this machine. auto is serial in this version."""
     clients_per_batch: Literal["auto", 1] = "auto"
     """Clients in one forward pass. auto is 1 in this version."""
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU) or a torch device name."""
-    threads: PositiveInt | None = None
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
+    """auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N."""
+    threads: Annotated[Count, Field(le=LARGEST_THREADS)] | None = None
     """CPU threads. null: torch's own choice, then recorded. Equal bits need equal threads."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Root of every random draw."""
-    output: str = Field(default="runs/run", min_length=1)
+    output: Text = Field(default="runs/run", min_length=1)
     """Run directory. It must be absent or empty."""
 
     @classmethod
@@ -87,7 +98,7 @@ class RunConfig(Section):
             ConfigError: as `load`.
         """
         try:
-            return cls.model_validate(_with_preset(values))
+            return cls.model_validate(_with_preset(values, _line_of("preset", origin, name)))
         except ValidationError as error:
             raise ConfigError(_explain(error, origin, name)) from None
 
@@ -182,13 +193,14 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     here[last] = value
 
 
-def _with_preset(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_preset(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The values over those of their preset; `where` begins the message about an unknown one."""
     preset = values.get("preset")
     if preset is None:
         return values
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(
-            f"preset: unknown preset {_shown(preset)};{_did_you_mean(str(preset), PRESETS)} choose one of "
+            f"{where}preset: unknown preset {_shown(preset)};{_did_you_mean(str(preset), PRESETS)} choose one of "
             f"{', '.join(PRESETS)}"
         )
     merged = dict(values)

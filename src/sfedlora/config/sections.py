@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "Count",
     "DataSection",
     "EvaluationSection",
     "LocalSection",
@@ -21,10 +22,25 @@ __all__ = [
     "PrivacySection",
     "RoundsSection",
     "Section",
+    "Text",
 ]
 
 LARGEST = 1e30
 """Numbers above it leave float32, in which adapters are computed, within a product or two."""
+LARGEST_COUNT = 1_000_000
+"""Of anything that is counted: rounds, steps, examples, tokens, ranks. More is a slip of the pen, and would be found
+out by filling the memory."""
+
+
+def _storable(text: str) -> str:
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"holds a NUL or invalid Unicode, got {text[:120]!a}; expected plain text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+"""Text that can be a path and can be written to a file."""
+Count = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -48,7 +64,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The frozen base model."""
 
-    source: str = Field(min_length=1)
+    source: Text = Field(min_length=1)
     """Hugging Face hub id, local directory, GGUF file, or `package:NAME/path` (a file in an installed package)."""
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     """What the model is fine-tuned for."""
@@ -62,30 +78,30 @@ class ModelSection(Section):
 class DataSection(Section):
     """Examples, how they become token ids, and how each client's share is split."""
 
-    source: str = Field(min_length=1)
+    source: Text = Field(min_length=1)
     """JSONL, JSON, CSV, TSV, Parquet or chatterbot YAML file, data set directory or hub id, or `package:NAME/path`."""
-    subset: str | None = None
+    subset: Text | None = None
     """Configuration name of a hub data set (`mnli` of `glue`)."""
-    hub_split: str = "train"
+    hub_split: Text = "train"
     """Which split of a hub data set holds the examples that are dealt to clients."""
-    columns: dict[str, str | None] = Field(default_factory=dict)
+    columns: dict[Text, Text | None] = Field(default_factory=dict)
     """Which columns hold what: `prompt` and `response` (causal-lm), `text`, `text_pair` and `label` (classification).
     A role left out is read from the column of its own name; `prompt: null` trains on `response` alone."""
-    labels: tuple[str | int, ...] | None = None
+    labels: tuple[Text | int, ...] | None = None
     """Label values in the order of their ids. null: the sorted distinct values of the label column."""
     template: Literal["plain", "alpaca", "chat"] = "plain"
     """How prompt and response become one text. chat: the tokenizer's own chat template."""
     loss_on: Literal["response", "all"] = "response"
     """Which tokens enter the loss."""
-    max_length: PositiveInt = 256
+    max_length: Count = 256
     """Longest example in tokens. A longer one loses the start of its prompt first, then the end of its response."""
     split: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
     """Train, validation and test fractions of every client's own examples."""
-    group: str | None = None
+    group: Text | None = None
     """Column whose equal values stay together on one client and in one split (conversation, document)."""
-    validation: str | None = None
+    validation: Text | None = None
     """A further file evaluated as it is with every evaluated client, beside the clients' own validation splits."""
-    test: str | None = None
+    test: Text | None = None
     """Like `validation`, for the first and the final evaluation."""
 
     @model_validator(mode="after")
@@ -106,13 +122,13 @@ class PartitionSection(Section):
     scheme: Literal["iid", "dirichlet", "column", "shards", "quantity"] = "iid"
     """iid: equal random shares. dirichlet: label shares of each client drawn from Dirichlet(concentration). column: one
     client per value of `column`. shards: two label-sorted shards a client. quantity: random shares of unequal size."""
-    num_clients: PositiveInt | None = None
+    num_clients: Count | None = None
     """Number of clients N. Required, except for `column`, where a number keeps that many largest values."""
     concentration: PositiveFloat | None = None
     """Dirichlet concentration for `dirichlet` and `quantity` (0.5 if not given); smaller is more uneven."""
-    column: str | None = None
+    column: Text | None = None
     """The column that `column` deals by; for `dirichlet` and `shards` the one that replaces the label."""
-    min_examples: PositiveInt = 10
+    min_examples: Count = 10
     """Fewest examples a client may have."""
 
     @model_validator(mode="after")
@@ -131,19 +147,21 @@ class PartitionSection(Section):
 class LoraSection(Section):
     """The adapters."""
 
-    rank: PositiveInt = 8
+    rank: Count = 8
     """Rank r of every adapter."""
     alpha: PositiveFloat = 16.0
     """alpha of the scaling rule."""
     scaling: Literal["lora", "rslora", "sfed"] = "sfed"
     """gamma. lora: alpha / r. rslora: alpha / sqrt(r). sfed: alpha * sqrt(N / r)."""
-    num_clients: Literal["effective", "total"] | Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = "effective"
+    num_clients: Literal["effective", "total"] | Annotated[float, Field(ge=1.0, le=LARGEST, allow_inf_nan=False)] = (
+        "effective"
+    )
     """N of the sfed rule. effective: 1 / sum w^2 of the average that formed A. total: the number of clients (the
     paper's letter). A number fixes it."""
     init: Literal["auto", "independent", "local", "shared", "reinit"] = "auto"
     """independent: N seeded draws of A, averaged before round 1. local: each client's own draw in round 1. shared: one
     draw. reinit: averaged draws times sqrt(N_eff), once. auto: independent for sfed, else shared."""
-    target_modules: str | tuple[str, ...] = "default"
+    target_modules: Text | tuple[Text, ...] = "default"
     """`default` (PEFT's table for the architecture), `all-linear`, a regular expression, or a list of name endings."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input while training."""
@@ -161,9 +179,9 @@ class MethodSection(Section):
 class RoundsSection(Section):
     """The communication rounds."""
 
-    num_rounds: PositiveInt = 10
+    num_rounds: Count = 10
     """Number of rounds."""
-    cohort_size: PositiveInt | None = None
+    cohort_size: Count | None = None
     """Clients that train in a round, sampled without replacement. null: all of them."""
     weighting: Literal["examples", "uniform"] = "examples"
     """Weight of a client in every average: its number of training examples, or the same for all."""
@@ -199,13 +217,13 @@ class LocalSection(Section):
     """Learning rate over the rounds after warmup: constant, or down towards 0 after the last round."""
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
     """Rounds over which the learning rate rises linearly to its peak."""
-    batch_size: PositiveInt = 8
+    batch_size: Count = 8
     """Examples in one forward pass."""
-    accumulation: PositiveInt = 1
+    accumulation: Count = 1
     """Forward passes per optimizer step; the loss is the mean over all their labelled tokens or examples."""
-    local_steps: PositiveInt | None = 10
+    local_steps: Count | None = 10
     """Optimizer steps per round. Give this or local_epochs."""
-    local_epochs: PositiveInt | None = None
+    local_epochs: Count | None = None
     """Passes over the client's training examples per round. Giving it replaces local_steps."""
     max_grad_norm: PositiveFloat | None = None
     """Clip the gradient of all trained factors together to this L2 norm. null: no clipping."""
@@ -223,6 +241,11 @@ class LocalSection(Section):
     def _check(self) -> Self:
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError("give exactly one of local_steps and local_epochs, and leave the other out or null")
+        if self.local_steps is not None and self.local_steps * self.accumulation > LARGEST_COUNT:
+            raise ValueError(
+                f"local_steps {self.local_steps} times accumulation {self.accumulation} is more than {LARGEST_COUNT} "
+                "forward passes a round; lower one of them"
+            )
         return self
 
 
@@ -236,11 +259,11 @@ class PrivacySection(Section):
 class EvaluationSection(Section):
     """When and on whom the model is evaluated."""
 
-    every: PositiveInt = 1
+    every: Count = 1
     """Evaluate after every so many rounds; the last round is always evaluated."""
-    clients: Literal["auto", "all", "cohort"] | PositiveInt = "auto"
+    clients: Literal["auto", "all", "cohort"] | Count = "auto"
     """all clients, the round's cohort, or a fixed seeded sample of so many. auto: all, above 100 a sample of 100."""
-    batch_size: PositiveInt = 32
+    batch_size: Count = 32
     """Examples in one evaluation forward pass."""
-    max_batch_tokens: PositiveInt = 4096
+    max_batch_tokens: Count = 4096
     """Tokens, padding included, in one evaluation forward pass."""

@@ -138,6 +138,10 @@ def _label_values(values: Sequence[Any] | None, num_rows: int, scheme: str) -> l
     for row, value in enumerate(values):
         if isinstance(value, np.integer):
             plain.append(int(value))
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(
+                f"partition scheme {scheme!r}: the value in row {row} holds invalid Unicode: {value!a}; repair it"
+            )
         elif isinstance(value, int | str) and not isinstance(value, bool):
             plain.append(value)
         else:

@@ -188,8 +188,14 @@ def _convert_gguf(path: Path, directory: Path) -> None:
     if find_spec("gguf") is None:
         raise ModelError(f"{path.name} needs the gguf reader; install it with: pip install 'sfedlora[gguf]'")
     _LOG.info("converting %s to safetensors, once, into %s", path.name, directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name[:12]}-", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name[:12]}-", dir=directory.parent))
+    except OSError as error:
+        raise ModelError(
+            f"{path.name} is converted into {directory.parent}, which cannot be written ({error.strerror}); "
+            "set SFEDLORA_CACHE to a folder that can"
+        ) from None
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_pretrained(
