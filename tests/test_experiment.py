@@ -87,8 +87,10 @@ def test_metrics_name_the_training_examples_of_every_evaluated_client(tmp_path: 
 
 def test_centralized_records_its_one_draw(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    path = write_config(tmp_path / "run.yaml", output=str(output), method={"name": "centralized"})
-    with pytest.warns(UserWarning, match="shared"):
+    path = write_config(
+        tmp_path / "run.yaml", output=str(output), method={"name": "centralized"}, lora={"scaling": "rslora"}
+    )
+    with pytest.warns(UserWarning, match="independent is taken as shared"):
         run(RunConfig.load(path))
     assert RunDirectory.open(output).config().lora.init == "shared"
 

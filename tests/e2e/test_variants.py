@@ -87,8 +87,9 @@ def test_the_same_configuration_gives_the_same_bits_and_another_seed_others(tiny
 
 
 def test_threads_are_set_and_recorded(tiny_config: Path) -> None:
+    before = torch.get_num_threads()
     result = _run(tiny_config, "threads=2")
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == before
     environment = json.loads((result.run_dir / "environment.json").read_text(encoding="utf-8"))
     assert environment["threads"] == 2
     assert RunConfig.load(result.run_dir / "config.yaml").threads == 2
