@@ -35,7 +35,8 @@ def _adapters(result: RunResult) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_keeps_apart_what_is_personal(name: str, tiny_config: Path) -> None:
-    result = _run(tiny_config, f"method.name={name}", "lora.scaling=rslora")
+    init = ["lora.init=shared"] if name == "centralized" else []
+    result = _run(tiny_config, f"method.name={name}", "lora.scaling=rslora", *init)
     losses = [result.summary[when]["validation"]["weighted"]["eval_loss"] for when in ("initial", "last")]
     assert losses[1] < losses[0]
     adapters = list(_adapters(result).values())
