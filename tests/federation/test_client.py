@@ -298,6 +298,24 @@ def test_a_loss_that_is_not_finite_names_client_round_and_stage(value: float) ->
     assert (caught.value.client_id, caught.value.round_num, caught.value.stage) == ("ann", 3, "training")
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_an_infinite_gradient_is_an_error_and_not_clipped_to_zero(max_grad_norm: float | None) -> None:
+    training = replace(SGD, max_grad_norm=max_grad_norm)
+    start = {
+        name: torch.zeros_like(t) if part_of(name) is Part.B else t for name, t in starting_point("causal-lm").items()
+    }
+    work = replace(work_of("causal-lm", training, start=start), scaling=1e35)  # with B at zero the loss is finite
+    with pytest.raises(ClientError, match="the gradient became NaN or infinite at local step 1;"):
+        train("causal-lm", training, work)
+
+
+def test_a_gradient_that_overflows_later_names_its_step() -> None:
+    training = replace(SGD, max_grad_norm=1.0, proximal_mu=1e30)
+    work = replace(work_of("causal-lm", training), anchored=frozenset({Part.A, Part.B}))
+    with pytest.raises(ClientError, match="the gradient became NaN or infinite at local step 2;"):
+        train("causal-lm", training, work)
+
+
 def test_a_factor_that_overflows_is_an_error() -> None:
     decaying = replace(SGD, local_steps=1, weight_decay=1e3)
     work = replace(work_of("causal-lm", decaying), learning_rate=3e38)

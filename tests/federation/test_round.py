@@ -27,6 +27,7 @@ from sfedlora.federation.round import (
     run_rounds,
 )
 from sfedlora.federation.runners import Runner
+from sfedlora.federation.runners.serial import SerialRunner
 from sfedlora.federation.sampling import sample_cohort, sample_evaluated
 from sfedlora.federation.state import POOLED_ID, Federation, FederationState, initial_state, serving_adapter
 from sfedlora.seeds import derive_seed
@@ -360,6 +361,33 @@ def test_a_client_whose_training_diverges_is_excluded_with_the_reason() -> None:
     assert list(last.record["excluded"]) == ["b"]
     assert "the training loss became NaN or infinite at local step 1" in last.record["excluded"]["b"]
     assert np.isfinite(last.record["train_loss"])
+
+
+def test_a_client_with_moments_of_another_rank_is_excluded() -> None:
+    adamw = replace(TRAINING, optimizer="adamw", keep_optimizer_state=True)
+    federation = tiny_federation(training=adamw, rounds=replace(ROUNDS, num_rounds=1))
+    moments = {"b/step": torch.tensor(1.0), "b/exp_avg": torch.ones(3), "b/exp_avg_sq": torch.ones(3)}
+    *_, last = run_rounds(federation, replace(initial_state(federation), optimizer={"b": moments}))
+    assert isinstance(last, RoundFinished)
+    assert list(last.record["excluded"]) == ["b"]
+    assert "kept b/exp_avg has shape (3,), expected" in last.record["excluded"]["b"]
+
+
+def test_a_client_that_torch_refuses_is_excluded_with_the_first_line() -> None:
+    """Its training examples have more tokens than the encoder has positions."""
+    federation = tiny_federation(task="sequence-classification", rounds=replace(ROUNDS, num_rounds=1))
+    data, long = federation.data, federation.splits["b"].train
+    lengths = [1000 if index in long else int(length) for index, length in enumerate(data.lengths)]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    longer = replace(data, tokens=np.full(offsets[-1], 5, dtype=np.int32), offsets=offsets)
+    assert isinstance(federation.runner, SerialRunner)
+    changed = replace(federation, data=longer, runner=replace(federation.runner, data=longer))
+    *_, last = run_rounds(changed, initial_state(changed))
+    assert isinstance(last, RoundFinished)
+    assert list(last.record["excluded"]) == ["b"]
+    assert last.record["excluded"]["b"].startswith("RuntimeError: The expanded size")
+    assert "\n" not in last.record["excluded"]["b"]
+    assert set(last.state.personal) == {"a", "c", "d"}
 
 
 def test_a_cohort_that_fails_altogether_stops_the_run_and_names_everybody() -> None:

@@ -7,7 +7,7 @@ is overwritten with the client's adapter and left as training left it; the next 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -147,14 +147,16 @@ def train_client(
             if step == 0:
                 norms = {part: float(torch.linalg.vector_norm(resident.flat_grad(part))) for part in work.trained}
             _require_finite(math.isfinite(loss_sum), "the training loss", work, step)
+            _require_finite(all(map(math.isfinite, norms.values())), "the gradient", work, step)
             for part, anchor in anchors.items():
                 resident.flat_grad(part).add_(resident.flat(part) - anchor, alpha=training.proximal_mu)
+            _require_finite(math.isfinite(optimizer.clip()), "the gradient", work, step)
             optimizer.step()
     finally:
         resident.dropout.seeds = None
     tensors = resident.read(work.trained)
     finite = all(bool(torch.isfinite(resident.flat(part)).all()) for part in work.trained)
-    _require_finite(finite, "a trained factor or its gradient", work, len(steps) - 1)
+    _require_finite(finite, "a trained factor or its gradient", work, len(steps) - 1, when="at or before")
     metrics = TrainMetrics(loss_sum / label_count, norms.get(Part.A), norms.get(Part.B), tokens, padded, len(steps))
     state = {**work.optimizer_state, **optimizer.state()} if training.keep_optimizer_state else {}
     return ClientOutcome(work.client_id, work.round_num, len(work.indices), tensors, state, metrics)
@@ -175,10 +177,10 @@ def _step_gradients(
     return summed
 
 
-def _require_finite(finite: bool, what: str, work: ClientWork, step: int) -> None:
+def _require_finite(finite: bool, what: str, work: ClientWork, step: int, *, when: str = "at") -> None:
     if not finite:
         message = (
-            f"{what} became NaN or infinite at local step {step + 1}; "
+            f"{what} became NaN or infinite {when} local step {step + 1}; "
             "lower local.learning_rate or set local.max_grad_norm"
         )
         raise ClientError(message, client_id=work.client_id, round_num=work.round_num, stage="training")
@@ -206,12 +208,16 @@ class _FlatOptimizer:
             else torch.optim.SGD(groups, weight_decay=decay)
         )
         self._max_grad_norm = training.max_grad_norm
-        self._restore(work.optimizer_state)
+        self._restore(work)
+
+    def clip(self) -> float:
+        """Clip the gradient and return its norm before; 0 without clipping. An infinite norm makes it zero or NaN."""
+        if self._max_grad_norm is None:
+            return 0.0
+        return float(nn.utils.clip_grad_norm_(list(self._params.values()), self._max_grad_norm))
 
     def step(self) -> None:
-        """Clip, then update the buffers in place."""
-        if self._max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(list(self._params.values()), self._max_grad_norm)
+        """Update the buffers in place."""
         self._optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
@@ -222,10 +228,14 @@ class _FlatOptimizer:
             for name, value in self._optimizer.state[param].items()
         }
 
-    def _restore(self, saved: Mapping[str, Tensor]) -> None:
-        for key, value in saved.items():
+    def _restore(self, work: ClientWork) -> None:
+        """Take up the moments; one of another size is refused here, because the fused AdamW would read past its end."""
+        for key, value in work.optimizer_state.items():
             part, name = key.split("/", 1)
             param = self._params.get(Part(part))
             if param is not None:
+                if name != "step" and value.shape != param.shape:
+                    message = f"kept {key} has shape {tuple(value.shape)}, expected {tuple(param.shape)}"
+                    raise ClientError(message, client_id=work.client_id, round_num=work.round_num, stage="training")
                 on_cpu = name == "step" and not self._fused  # where torch itself keeps the step count
                 self._optimizer.state[param][name] = value.to("cpu" if on_cpu else param.device, copy=True)

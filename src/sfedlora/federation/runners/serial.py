@@ -26,17 +26,29 @@ class SerialRunner:
     seed: int
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
-        """Train each client of a cohort; a client that fails gives its error instead of an outcome."""
+        """Train each client of a cohort; a client that fails gives its error instead of an outcome.
+
+        What torch refuses (no memory for this client's batches, kept moments that do not fit) is a failure of the
+        client too: the next one starts from its own adapter and may well succeed.
+        """
         for work in cohort:
-            try:
-                yield train_client(
-                    self.resident,
-                    self.data,
-                    work,
-                    self.training,
-                    task=self.task,
-                    pad_token_id=self.pad_token_id,
-                    seed=self.seed,
-                )
-            except ClientError as error:
-                yield error
+            # Not yielded inside `except`: the error holds the batch and its graph in memory as long as it lives.
+            yield self._outcome_or_error(work)
+
+    def _outcome_or_error(self, work: ClientWork) -> ClientOutcome | ClientError:
+        try:
+            return train_client(
+                self.resident,
+                self.data,
+                work,
+                self.training,
+                task=self.task,
+                pad_token_id=self.pad_token_id,
+                seed=self.seed,
+            )
+        except ClientError as error:
+            return error.with_traceback(None)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            lines = str(error).strip().splitlines()
+            reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        return ClientError(reason, client_id=work.client_id, round_num=work.round_num, stage="training")
