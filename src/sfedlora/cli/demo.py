@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from sfedlora.cli.report import draw
-from sfedlora.cli.tables import print_line
+from sfedlora.cli.tables import output_console, print_line
 from sfedlora.demo import (
     DEMO_CLIENTS,
     DEMO_RANK,
@@ -101,7 +100,7 @@ def _print_table(lines: Sequence[Mapping[str, Any]]) -> None:
             f"{settings['gamma']:.4g}",
             *_metrics(line["summary"]["last"]["test"]["weighted"], loss_drop(line), has_accuracy),
         )
-    Console().print(table)
+    output_console().print(table)
 
 
 def _metrics(metrics: Mapping[str, Any], drop: float | None, has_accuracy: bool) -> list[str]:

@@ -11,7 +11,15 @@ from rich.table import Table
 if TYPE_CHECKING:
     from sfedlora.experiment import RunResult
 
-__all__ = ["print_comparison", "print_line", "print_run"]
+__all__ = ["output_console", "print_comparison", "print_line", "print_run"]
+
+PIPE_WIDTH = 120
+
+
+def output_console() -> Console:
+    """Standard output: as wide as the terminal, and in a pipe or file wide enough that no cell is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def print_run(result: RunResult) -> None:
@@ -22,7 +30,7 @@ def print_run(result: RunResult) -> None:
         for split in ("validation", "test"):
             values = _numbers(entry[split]["weighted"])
             table.add_row(name, str(entry.get("round_num", 0)), split, *values)
-    console = Console()
+    console = output_console()
     console.print(table)
     print_line("best is chosen on validation; means over clients weighted by their examples", console)
     print_line(f"run directory: {result.run_dir}", console)
@@ -40,14 +48,14 @@ def print_comparison(lines: Sequence[Mapping[str, Any]]) -> None:
         for which in ("last", "best"):
             row += _numbers(line["summary"][which]["test"]["weighted"])
         table.add_row(line["cell"], *row)
-    console = Console()
+    console = output_console()
     console.print(table)
     print_line("metrics on the clients' test splits, weighted by examples; best is chosen on validation", console)
 
 
 def print_line(text: str, console: Console | None = None) -> None:
     """One plain line on standard output."""
-    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or output_console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _metric_names(metrics: Mapping[str, Any]) -> list[str]:
