@@ -11,13 +11,14 @@ from typing import Any, Literal
 from peft import PeftModel
 
 from sfedlora.artifacts import RunDirectory
-from sfedlora.errors import ConfigError, InputError
+from sfedlora.errors import ConfigError, InputError, StorageError
 from sfedlora.experiment import load_state, write_adapter
 from sfedlora.federation.evaluate import mean_results
 from sfedlora.federation.round import Split, evaluate_clients, evaluate_external
 from sfedlora.federation.state import serving_adapter
 from sfedlora.lora.base_model import load_base_model
 from sfedlora.setup import encode_examples, load_source
+from sfedlora.storage import directory_written_whole, sync_files
 
 __all__ = ["RoundChoice", "evaluate_file", "evaluate_run", "export_adapters", "export_merged"]
 
@@ -103,30 +104,34 @@ def export_merged(run_dir: Path, target: Path, *, client: str | None, round_choi
 
     Raises:
         InputError: as `export_adapters`.
+        StorageError: it cannot be written; nothing stays behind.
     """
     _require_empty(target)
-    adapter = target.with_name(f".{target.name}.adapter")
-    try:
-        prepared, state = load_state(run_dir, _round_number(run_dir, round_choice))
-        if client is None:
-            tensors = {**prepared.federation.initial, **state.server.shared}
-        else:
-            _require_clients([client], [*prepared.federation.splits, *state.personal])
-            tensors = serving_adapter(prepared.federation, state, client)
+    prepared, state = load_state(run_dir, _round_number(run_dir, round_choice))
+    if client is None:
+        tensors = {**prepared.federation.initial, **state.server.shared}
+    else:
+        _require_clients([client], [*prepared.federation.splits, *state.personal])
+        tensors = serving_adapter(prepared.federation, state, client)
+    names = prepared.label_names
+    base = load_base_model(
+        prepared.config.model.source,
+        task=prepared.config.model.task,
+        dtype="float32",
+        num_labels=len(names) or None,
+        label_names=names or None,
+    )
+    with directory_written_whole(target.resolve()) as folder:
+        adapter = folder / ".adapter"
         write_adapter(prepared, tensors, adapter)
-        names = prepared.label_names
-        base = load_base_model(
-            prepared.config.model.source,
-            task=prepared.config.model.task,
-            dtype="float32",
-            num_labels=len(names) or None,
-            label_names=names or None,
-        )
         merged = PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
-        merged.save_pretrained(target)
-        base.tokenizer.save_pretrained(target)
-    finally:
-        shutil.rmtree(adapter, ignore_errors=True)
+        shutil.rmtree(adapter)
+        try:
+            merged.save_pretrained(folder)
+            base.tokenizer.save_pretrained(folder)
+        except Exception as error:  # a full disk: safetensors has its own error, tokenizers raises a bare Exception
+            raise StorageError(f"{target}: cannot be written ({error}); free space or permissions?") from None
+        sync_files(folder)
     return target
 
 

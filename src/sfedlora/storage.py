@@ -21,10 +21,12 @@ from sfedlora.types import Tensors
 __all__ = [
     "append_line",
     "directory_written_whole",
+    "make_directory",
     "read_json",
     "read_record",
     "read_records",
     "read_tensors",
+    "sync_files",
     "to_json",
     "write_bytes",
     "write_json",
@@ -50,6 +52,21 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or permissions?") from None
+
+
+def make_directory(path: Path) -> None:
+    """Make a folder and those above it that lack, so that their names too survive a power loss.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    lacking = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in lacking:
+            _sync_directory(folder.parent)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be made ({error.strerror}); free space or permissions?") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -174,6 +191,18 @@ def directory_written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sync_files(folder: Path) -> None:
+    """Bring files that a library has written into a folder to the disk.
+
+    Raises:
+        OSError: the disk refuses; `directory_written_whole` makes it a StorageError.
+    """
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _checked(content: Any, kinds: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from sfedlora import RunConfig, run
+from sfedlora import RunConfig, RunResult, run
 from support.command_line import sfedlora, write_config
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond a size, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize("limit", [1500, 6000, 15_000])
@@ -22,14 +37,8 @@ def test_a_full_disk(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[s
         output=str(tmp_path / "run"),
     )
     whole = run(RunConfig.load(config, [f"output={tmp_path / 'whole'}"]))  # also fills the encoding cache
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
+    with largest_file(limit):
         outcome = sfedlora(capsys, "run", config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
     assert outcome.code == 3, outcome.err
     assert outcome.err.splitlines()[-1].startswith("run failed: ")
     assert "free space" in outcome.err
@@ -43,3 +52,20 @@ def test_a_full_disk(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for path in (whole.run_dir / "adapters").rglob("*.*"):
         assert (run_dir / path.relative_to(whole.run_dir)).read_bytes() == path.read_bytes()
     assert (run_dir / "metrics.jsonl").read_text(encoding="utf-8").count("\n") == 20
+
+
+@pytest.mark.parametrize("limit", [2000, 30_000, 100_000])
+def test_a_merged_model_that_does_not_fit_leaves_nothing(
+    limit: int, finished: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "merged"
+    with largest_file(limit):
+        outcome = sfedlora(capsys, "export", finished.run_dir, target, "--merged")
+    assert outcome.code == 3, outcome.err
+    assert outcome.err.splitlines()[-1].startswith("run failed: ")
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
+    assert sfedlora(capsys, "export", finished.run_dir, target, "--merged").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in target.iterdir()}
+    assert not [path for path in target.iterdir() if path.name.startswith((".", "adapter"))]

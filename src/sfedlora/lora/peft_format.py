@@ -6,14 +6,13 @@
 What is written loads with stock `PeftModel.from_pretrained`; what stock PEFT writes for plain LoRA loads here. Variants
 that compute something else (DoRA, LoRA biases, ranks or alphas per module) are refused. Pickle files are never read.
 
-Not here: atomic replacement of whole directories (`artifacts`).
+Not here: how a file is replaced whole (`storage`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from sfedlora.errors import AdapterError, StorageError
 from sfedlora.lora.scaling import ScalingRule, peft_config
+from sfedlora.storage import make_directory, write_bytes
 from sfedlora.types import AdapterLayout, Part, Tensors, factor_name, part_of, path_of
 
 __all__ = ["LoadedAdapter", "load_adapter", "save_adapter"]
@@ -69,7 +68,7 @@ def save_adapter(
     base_model_name: str,
     target_suffixes: Sequence[str] | None = None,
 ) -> None:
-    """Write one adapter; each of the two files appears whole or not at all.
+    """Write one adapter; each of the two files appears whole and on the disk, or not at all.
 
     Args:
         directory: made if it does not exist.
@@ -90,7 +89,7 @@ def save_adapter(
     Raises:
         AdapterError: factors that are unknown, missing, of another shape, not floating point or not finite.
         ConfigError: scaling values outside their range.
-        StorageError: the files could not be written; files that were there before are intact.
+        StorageError: a file could not be written; what it had before is intact.
     """
     full = _complete(tensors, layout, rank)
     head = [name for name in full if part_of(name) is Part.HEAD]
@@ -108,10 +107,16 @@ def save_adapter(
     config.base_model_name_or_path = base_model_name
     config.inference_mode = True
     stored = {_key(name): tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in full.items()}
+    content = save(stored, metadata={"format": "pt"})
     try:
-        _write(directory, stored, config)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"could not write the adapter to {directory}: {error}") from error
+        with tempfile.TemporaryDirectory() as scratch:  # PEFT writes its configuration to folders only
+            config.save_pretrained(scratch)
+            described = (Path(scratch) / _CONFIG).read_bytes()
+    except OSError as error:
+        raise StorageError(f"{tempfile.gettempdir()}: cannot be written ({error.strerror}); free space?") from None
+    make_directory(directory)
+    write_bytes(directory / _WEIGHTS, content)
+    write_bytes(directory / _CONFIG, described)
 
 
 def load_adapter(directory: Path, *, layout: AdapterLayout) -> LoadedAdapter:
@@ -148,19 +153,6 @@ def load_adapter(directory: Path, *, layout: AdapterLayout) -> LoadedAdapter:
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{path}: {_key(name)} has values that are not finite")
     return LoadedAdapter(tensors, rank, scaling)
-
-
-def _write(directory: Path, stored: dict[str, Tensor], config: LoraConfig) -> None:
-    """Both files beside their final place, then each moved there in one step."""
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".adapter-", dir=directory))
-    try:
-        save_file(stored, staging / _WEIGHTS, metadata={"format": "pt"})
-        config.save_pretrained(staging)
-        for name in (_WEIGHTS, _CONFIG):
-            (staging / name).replace(directory / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _complete(tensors: Tensors, layout: AdapterLayout, rank: int) -> dict[str, Tensor]:
