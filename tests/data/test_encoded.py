@@ -16,7 +16,6 @@ def encoded_rows(
     return EncodedData(
         tokens=np.array([token for row in rows for token in row], dtype=np.int32),
         offsets=np.array([sum(len(row) for row in rows[:i]) for i in range(len(rows) + 1)], dtype=np.int64),
-        row_ids=np.arange(len(rows), dtype=np.int64),
         label_starts=None if starts is None else np.array(starts, dtype=np.int32),
         labels=None if labels is None else np.array(labels, dtype=np.int64),
     )
@@ -27,11 +26,11 @@ def test_causal_batch_by_hand() -> None:
     assert len(data) == 3
     assert data.lengths.tolist() == [3, 2, 5]
     assert data.num_label_tokens.tolist() == [2, 1, 2]
-    batch = collate(data, [2, 1], pad_token_id=0, pad_to_multiple_of=4)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [5, 6, 0, 0, 0, 0, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
-    assert batch.labels.tolist() == [[-100, -100, -100, 4, 5, -100, -100, -100], [-100, 6, *[-100] * 6]]
-    assert (batch.num_tokens, batch.num_padded, batch.num_labels) == (7, 9, 3)
+    batch = collate(data, [2, 1], pad_token_id=0)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [5, 6, 0, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.labels.tolist() == [[-100, -100, -100, 4, 5], [-100, 6, -100, -100, -100]]
+    assert (batch.num_tokens, batch.num_padded, batch.num_labels) == (7, 3, 3)
     assert batch.token_type_ids is None
     assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.labels)} == {torch.int64}
 
@@ -46,7 +45,7 @@ def test_classification_batch_by_hand() -> None:
 
 def test_token_types() -> None:
     plain = encoded_rows([[1, 2, 3], [4, 5]], labels=[0, 1])
-    data = EncodedData(plain.tokens, plain.offsets, plain.row_ids, None, plain.labels, np.array([1, 2], dtype=np.int32))
+    data = EncodedData(plain.tokens, plain.offsets, None, plain.labels, np.array([1, 2], dtype=np.int32))
     types = collate(data, [0, 1], pad_token_id=0).token_type_ids
     assert types is not None
     assert types.tolist() == [[0, 1, 1], [0, 0, 0]]
@@ -57,10 +56,8 @@ def test_token_types() -> None:
 def test_every_token_is_there_once(rows: list[list[int]], draw: st.DataObject) -> None:
     starts = [draw.draw(st.integers(1, len(row) - 1)) for row in rows]
     indices = draw.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
-    multiple = draw.draw(st.integers(1, 8))
-    batch = collate(encoded_rows(rows, starts), indices, pad_token_id=rows[0][0], pad_to_multiple_of=multiple)
-    assert batch.input_ids.shape[1] % multiple == 0
-    assert batch.input_ids.shape[1] - max(len(rows[i]) for i in indices) < multiple
+    batch = collate(encoded_rows(rows, starts), indices, pad_token_id=rows[0][0])
+    assert batch.input_ids.shape[1] == max(len(rows[i]) for i in indices)
     for place, i in enumerate(indices):
         mask = batch.attention_mask[place].bool()
         assert batch.input_ids[place][mask].tolist() == rows[i]

@@ -32,7 +32,7 @@ def test_the_causal_loss_by_hand() -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
-    one = EncodedData(np.arange(3, 9, dtype=np.int32), np.array([0, 6]), np.array([0]), np.array([4], dtype=np.int32))
+    one = EncodedData(np.arange(3, 9, dtype=np.int32), np.array([0, 6]), np.array([4], dtype=np.int32))
     loss = batch_loss(model, collate(one, [0], pad_token_id=PAD), "causal-lm", CPU)
     assert loss.count == 2
     assert float(loss.total.detach()) == pytest.approx(2 * math.log(VOCAB_SIZE), rel=1e-6)

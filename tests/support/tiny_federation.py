@@ -79,7 +79,6 @@ def random_text(num_examples: int, *, seed: int = 0) -> EncodedData:
     return EncodedData(
         tokens=rng.integers(3, VOCAB_SIZE, size=int(lengths.sum()), dtype=np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        row_ids=np.arange(num_examples, dtype=np.int64),
         label_starts=rng.integers(1, lengths - 1, dtype=np.int32),
     )
 
@@ -88,7 +87,7 @@ def random_classes(num_examples: int, *, num_labels: int = 3, seed: int = 0) -> 
     """Token sequences of 4 to 11 tokens with a class each."""
     text = random_text(num_examples, seed=seed)
     labels = np.random.default_rng([seed, 1]).integers(0, num_labels, size=num_examples)
-    return EncodedData(text.tokens, text.offsets, text.row_ids, labels=labels.astype(np.int64))
+    return EncodedData(text.tokens, text.offsets, labels=labels.astype(np.int64))
 
 
 def splits_of(sizes: Mapping[str, int], *, held_out: int = 3) -> dict[str, ClientSplit]:

@@ -85,9 +85,7 @@ def _draw_task(model: LinearModel, num_clients: int, seed: int) -> _Task:
         rows = tuple(range(client * EXAMPLES_PER_CLIENT, (client + 1) * EXAMPLES_PER_CLIENT))
         splits[f"{client:03d}"] = ClientSplit(rows, rows, rows)
     count = num_clients * EXAMPLES_PER_CLIENT
-    data = EncodedData(
-        np.concatenate(tokens).astype(np.int32), np.arange(count + 1), np.arange(count), labels=np.concatenate(labels)
-    )
+    data = EncodedData(np.concatenate(tokens).astype(np.int32), np.arange(count + 1), labels=np.concatenate(labels))
     return _Task(data, splits)
 
 

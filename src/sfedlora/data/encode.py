@@ -124,7 +124,7 @@ def encode_classification(
 
     encoded = cached_encoding(key, encode)
     return (
-        EncodedData(encoded.tokens, encoded.offsets, encoded.row_ids, None, ids, encoded.second_starts),
+        EncodedData(encoded.tokens, encoded.offsets, None, ids, encoded.second_starts),
         label_names,
     )
 
@@ -196,8 +196,7 @@ def _packed(
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     tokens = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
-    row_ids = np.arange(len(rows), dtype=np.int64)
-    return EncodedData(tokens, offsets, row_ids, label_starts, None, second_starts)
+    return EncodedData(tokens, offsets, label_starts, None, second_starts)
 
 
 def _where(examples: Examples, column: str) -> str:

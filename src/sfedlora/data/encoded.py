@@ -23,12 +23,11 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Token ids of n examples in one flat array. Exactly one of `label_starts` and `labels` is given.
+    """Token ids of n rows of a source, in its order, in one flat array; one of `label_starts` and `labels` is given.
 
     Attributes:
         tokens: (total tokens,) int32; example i is `tokens[offsets[i]:offsets[i + 1]]`.
         offsets: (n + 1,) int64.
-        row_ids: (n,) int64, the source row of each example.
         label_starts: (n,) int32, causal language modelling: position of the first labelled token; all later ones are
             labelled too. At least 1, because nothing predicts the token at position 0.
         labels: (n,) int64, classification: class ids.
@@ -37,7 +36,6 @@ class EncodedData:
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    row_ids: NDArray[np.int64]
     label_starts: NDArray[np.int32] | None = None
     labels: NDArray[np.int64] | None = None
     second_starts: NDArray[np.int32] | None = None
@@ -85,16 +83,13 @@ class Batch:
     token_type_ids: Tensor | None = None
 
 
-def collate(
-    encoded: EncodedData, indices: Sequence[int] | NDArray[np.int64], *, pad_token_id: int, pad_to_multiple_of: int = 1
-) -> Batch:
-    """Pad some examples to one batch, in the order given.
+def collate(encoded: EncodedData, indices: Sequence[int] | NDArray[np.int64], *, pad_token_id: int) -> Batch:
+    """Pad some examples to one batch as wide as the longest of them, in the order given.
 
     Args:
         encoded: all examples.
         indices: positions in `encoded`, at least one.
         pad_token_id: id at the pad positions (masked and unlabelled there).
-        pad_to_multiple_of: L is the longest length, rounded up to a multiple of this.
 
     Raises:
         DataError: no indices.
@@ -103,10 +98,8 @@ def collate(
     if chosen.size == 0:
         raise DataError("a batch needs at least one example, got none")
     lengths = encoded.lengths[chosen]
-    width = -(-int(lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of
-    positions = np.arange(width)
-    real = positions < lengths[:, None]
-    input_ids = np.full((len(chosen), width), pad_token_id, dtype=np.int64)
+    real = np.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = np.full(real.shape, pad_token_id, dtype=np.int64)
     input_ids[real] = np.concatenate([encoded.example_tokens(index) for index in chosen])
     num_tokens = int(lengths.sum())
     labels = _labels(encoded, chosen, input_ids, real)
