@@ -15,11 +15,12 @@ from typing import Any
 from sfedlora.artifacts import RunDirectory
 from sfedlora.config import RunConfig
 from sfedlora.config.grid import Cell
-from sfedlora.errors import ConfigError
+from sfedlora.errors import ConfigError, DataError
 from sfedlora.experiment import RunEvent, resume_events, run_events
+from sfedlora.setup import load_source
 from sfedlora.storage import to_json, write_text
 
-__all__ = ["Cell", "CellStarted", "compare_events", "results_line"]
+__all__ = ["Cell", "CellStarted", "compare_events", "require_comparison_folder", "results_line"]
 
 REPORTED_KEYS = (
     "method.name",
@@ -53,16 +54,36 @@ def compare_events(cells: Sequence[Cell], output: Path) -> Iterator[CellStarted 
     """Run all cells in order; after each, write results.jsonl with every cell of the grid that is finished.
 
     Raises:
-        ConfigError: a cell's folder holds a run with other settings, or something else. Nothing has run then.
+        ConfigError: the output is itself a run, or a cell's folder holds a run with other settings, or something else.
+        DataError: the data of a finished cell cannot be read or has changed. Nothing has run or been written then.
     """
+    require_comparison_folder(output)
     for cell in cells:
         _require_usable_folder(cell)
+    _require_same_data([cell for cell in cells if _is_finished(cell)])
     for index, cell in enumerate(cells):
         path = Path(cell.config.output)
         yield CellStarted(index, len(cells), cell, _is_finished(cell))
         yield from resume_events(path) if _is_begun(cell) else run_events(cell.config)
         lines = [to_json(results_line(other)) for other in cells if _is_finished(other)]
         write_text(output / "results.jsonl", "\n".join(lines) + "\n")
+
+
+def require_comparison_folder(output: Path) -> None:
+    """Refuse a folder that is itself a run, before anything is written beside that run's files.
+
+    Raises:
+        ConfigError: it holds a config.yaml, is no folder, or cannot be used.
+    """
+    try:
+        holds_run = (output / "config.yaml").exists()
+        is_other = output.exists() and not output.is_dir()
+    except OSError as error:
+        raise ConfigError(f"--output: {output} cannot be used ({error.strerror}); choose another") from None
+    if holds_run:
+        raise ConfigError(f"--output: {output} is a run of its own (config.yaml); choose a new folder for the cells")
+    if is_other:
+        raise ConfigError(f"--output: {output} is no folder; choose a new one for the cells")
 
 
 def results_line(cell: Cell) -> dict[str, Any]:
@@ -104,6 +125,30 @@ def _require_same_settings(cell: Cell, recorded: RunConfig) -> None:
                 f"{cell.config.output}: holds a run with {key} = {found.get(key)!r}, this comparison asks for "
                 f"{value!r}; choose another --output"
             )
+
+
+def _require_same_data(finished: Sequence[Cell]) -> None:
+    """The data of finished cells still has the recorded digest; every source is read once."""
+    digests: dict[tuple[str, str | None, str], str] = {}
+    for cell in finished:
+        directory, data = RunDirectory.open(Path(cell.config.output)), cell.config.data
+        external = directory.environment()["external_sha256"]
+        recorded = {
+            "source": (data.source, directory.partition()["source_sha256"]),
+            "validation": (data.validation, external.get("validation")),
+            "test": (data.test, external.get("test")),
+        }
+        for key, (source, digest) in recorded.items():
+            if source is None:
+                continue
+            address = (source, data.subset if source == data.source else None, data.hub_split)
+            if address not in digests:
+                digests[address] = load_source(cell.config, source).sha256
+            if digests[address] != digest:
+                raise DataError(
+                    f"data.{key}: {source} has changed since {directory.path} was run; put the old file back or choose "
+                    "another --output"
+                )
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import sfedlora as sfedlora_package
 from support.command_line import Outcome, sfedlora, write_config
 
 Capsys = pytest.CaptureFixture[str]
@@ -120,3 +123,44 @@ def test_a_folder_with_other_files_is_refused_before_anything_runs(
     assert not taken.exists()
     assert (folder / "config.old").exists()
     assert len(list((tmp_path / "grid").glob("rank*"))) == 1
+
+
+def test_a_finished_cell_whose_data_changed_is_not_skipped(tiny_config: Path, tmp_path: Path, capsys: Capsys) -> None:
+    packaged = Path(sfedlora_package.__file__).parent / "assets" / "tiny_chat.jsonl"
+    rows, extra = tmp_path / "rows.jsonl", tmp_path / "extra.jsonl"
+    for path in (rows, extra):
+        path.write_bytes(packaged.read_bytes())
+    arguments = ["--ranks", "2", f"data.source={rows}", f"data.test={extra}"]
+    assert _compare(capsys, tiny_config, *arguments).code == 0
+    assert _compare(capsys, tiny_config, *arguments).err.count("skipped") == 1
+    for key, path in (("source", rows), ("test", extra)):
+        content = path.read_bytes()
+        path.write_bytes(content + content.splitlines(keepends=True)[0])
+        outcome = _compare(capsys, tiny_config, *arguments)
+        assert outcome.code == 2
+        assert f"data.{key}: {path} has changed" in outcome.err
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("verb", ["compare", "demo"])
+def test_an_output_that_is_a_run_is_refused_before_anything_is_written(
+    verb: str, tiny_config: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    assert sfedlora(capsys, "run", tiny_config, "rounds.num_rounds=1").code == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    arguments = [tiny_config, "--ranks", "2"] if verb == "compare" else ["--quick"]
+    outcome = sfedlora(capsys, verb, *arguments, "--output", tmp_path / "run")
+    assert outcome.code == 2
+    assert "is a run of its own" in outcome.err
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_without_matplotlib_the_table_stays(tiny_config: Path, tmp_path: Path) -> None:
+    """In a process of its own, in which matplotlib is marked as not to be found."""
+    hidden = "import sys; sys.modules['matplotlib'] = None; from sfedlora.cli import main; main()"
+    arguments = ["compare", str(tiny_config), "--ranks", "2", "--output", str(tmp_path / "grid")]
+    done = subprocess.run([sys.executable, "-c", hidden, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "results: " in done.stdout
+    assert "rank=2" in done.stdout
+    assert "pip install 'sfedlora[report]'" in done.stderr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sfedlora.cli.report import draw
+from sfedlora.cli.report import draw_if_possible
 from sfedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def compare(  # noqa: PLR0917 - typer turns every argument into an option
     print_comparison([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()])
     typer.echo(f"results: {results}")
     if figures:
-        draw([output])
+        draw_if_possible(output)
 
 
 def _axes(vary: Sequence[str], methods: str | None, short: Mapping[str, str | None]) -> list[Axis]:

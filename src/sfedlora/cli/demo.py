@@ -13,7 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from sfedlora.cli.report import draw
+from sfedlora.cli.report import draw_if_possible
 from sfedlora.cli.tables import output_console, print_line
 from sfedlora.demo import (
     DEMO_CLIENTS,
@@ -51,13 +51,14 @@ def demo(
 ) -> None:
     """Run the embedded demonstration, print its table and its conclusion. No network is used."""
     from sfedlora.cli.progress import drive_all
-    from sfedlora.compare import compare_events
+    from sfedlora.compare import compare_events, require_comparison_folder
 
     begin = time.monotonic()
     if quick and task is TaskChoice.sentiment:
         raise ConfigError("--quick is a chat task on the packaged tiny model; give --quick or --task sentiment")
     chosen = TASKS["quick" if quick else (task or TaskChoice.chat).value]
     folder = output if output is not None else Path("runs") / f"demo-{chosen.name}"
+    require_comparison_folder(folder)
     data = prepare_data(chosen, folder, DEMO_CLIENTS, data_dir)
     cells = demo_cells(chosen, data, folder)
     for _ in drive_all(compare_events(cells, folder)):
@@ -70,7 +71,7 @@ def demo(
     if chosen.model_task == "causal-lm":
         _print_answer(Path(lines[0]["run_dir"]))
     print_line(f"results: {results}")
-    draw([folder])
+    draw_if_possible(folder)
     print_line(f"the demonstration took {time.monotonic() - begin:.0f} s")
 
 

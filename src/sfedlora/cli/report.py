@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["draw", "report"]
+__all__ = ["draw", "draw_if_possible", "report"]
 
 
 def report(
@@ -27,3 +28,11 @@ def draw(directories: Sequence[Path], output: Path | None = None) -> list[Path]:
     for path in figures:
         typer.echo(f"figure: {path}")
     return figures
+
+
+def draw_if_possible(directory: Path) -> None:
+    """Draw the figures of a comparison that has just finished; without matplotlib, say how to get them."""
+    if find_spec("matplotlib") is None:
+        typer.echo(f"no figures: pip install 'sfedlora[report]', then sfedlora report {directory}", err=True)
+        return
+    draw([directory])
