@@ -7,13 +7,14 @@ A line of results.jsonl: `{"cell": name, "settings": {dotted key: value}, "run_d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sfedlora.artifacts import RunDirectory
 from sfedlora.config import RunConfig
+from sfedlora.config.flatten import flatten
 from sfedlora.config.grid import Cell
 from sfedlora.errors import ConfigError, DataError
 from sfedlora.experiment import RunEvent, resume_events, run_events
@@ -90,7 +91,7 @@ def results_line(cell: Cell) -> dict[str, Any]:
     """The line of results.jsonl of a finished cell."""
     path = Path(cell.config.output)
     directory = RunDirectory.open(path)
-    flat = _flatten(directory.config().model_dump(mode="json"))
+    flat = flatten(directory.config().model_dump(mode="json"))
     scaling = directory.environment()["scaling"]
     settings = {key: flat[key] for key in REPORTED_KEYS} | {"gamma": scaling["gamma"]}
     if flat["preset"] is not None:
@@ -116,8 +117,8 @@ def _require_usable_folder(cell: Cell) -> None:
 
 def _require_same_settings(cell: Cell, recorded: RunConfig) -> None:
     """The recorded configuration has the requested value wherever the run does not choose the value itself."""
-    requested = _flatten(cell.config.model_dump(mode="json"))
-    found = _flatten(recorded.model_dump(mode="json"))
+    requested = flatten(cell.config.model_dump(mode="json"))
+    found = flatten(recorded.model_dump(mode="json"))
     for key, value in requested.items():
         open_choice = value == "auto" or (value is None and key in CHOSEN_BY_THE_RUN)
         if key not in NOT_COMPARED and not open_choice and found.get(key) != value:
@@ -149,13 +150,3 @@ def _require_same_data(finished: Sequence[Cell]) -> None:
                     f"data.{key}: {source} has changed since {directory.path} was run; put the old file back or choose "
                     "another --output"
                 )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and key != "columns":
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

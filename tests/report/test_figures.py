@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfedlora.errors import DataError, InputError, StorageError
+from sfedlora.errors import InputError, StorageError
 from sfedlora.report import draw_comparison, draw_directories, draw_run, load_cells
 from support.run_files import write_run
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run directory"):
         draw_directories([tmp_path])
     (tmp_path / "results.jsonl").write_text("{\n", encoding="utf-8")
-    with pytest.raises(DataError, match="line 1"):
+    with pytest.raises(StorageError, match="line 1"):
         draw_directories([tmp_path])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sfedlora.errors import DataError, InputError
+from sfedlora.errors import DataError, InputError, StorageError
 from sfedlora.report import load_cells, load_run
 from sfedlora.report.load import run_points
 from support.run_files import write_run
@@ -42,10 +42,10 @@ def test_values_that_are_no_finite_number_are_left_out(tmp_path: Path) -> None:
         ("config.yaml", None, InputError, r"no run directory \(config.yaml is missing\)"),
         ("metrics.jsonl", None, InputError, "no round has finished yet"),
         ("metrics.jsonl", "", InputError, "no round has finished yet"),
-        ("metrics.jsonl", '{"round_num": 1}\n{broken\n', DataError, "metrics.jsonl, line 2: not valid JSON"),
-        ("metrics.jsonl", "[1]\n", DataError, "expected a JSON object, got list"),
-        ("metrics.jsonl", '{"eval_loss": 1.0}\n', DataError, "has no round_num"),
-        ("summary.json", "{", DataError, "summary.json: not valid JSON"),
+        ("metrics.jsonl", '{"round_num": 1}\n{broken\n', StorageError, "metrics.jsonl, line 2: not valid JSON"),
+        ("metrics.jsonl", "[1]\n", StorageError, "expected a JSON object, found list"),
+        ("metrics.jsonl", '{"eval_loss": 1.0}\n', StorageError, "line 1: damaged or edited: round_num is missing"),
+        ("summary.json", "{", StorageError, "summary.json: not valid JSON"),
     ],
 )
 def test_a_broken_run_directory_gives_one_message(
@@ -63,7 +63,7 @@ def test_a_broken_run_directory_gives_one_message(
 def test_bytes_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", losses=[3.0], norms=[1.0], initial=None)
     (path / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(StorageError, match=r"metrics\.jsonl, line 1: .*utf-8"):
         load_run(path)
 
 
@@ -77,16 +77,16 @@ def test_cells_are_found_beside_results_that_were_moved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "error", "message"),
     [
-        ("", "empty; no cell has finished yet"),
-        ('{"cell": "a", "settings": {}, "run_dir": "x"}\n', "line 1 lacks summary"),
-        ('{"cell": "a", "settings": 3, "run_dir": "x", "summary": {}}\n', "no object"),
+        ("", DataError, "empty; no cell has finished yet"),
+        ('{"cell": "a", "settings": {}, "run_dir": "x"}\n', StorageError, "line 1: .* summary is missing"),
+        ('{"cell": "a", "settings": 3, "run_dir": "x", "summary": {}}\n', StorageError, "line 1: .* settings is int"),
     ],
 )
-def test_broken_results_give_one_message(tmp_path: Path, content: str, message: str) -> None:
+def test_broken_results_give_one_message(tmp_path: Path, content: str, error: type[Exception], message: str) -> None:
     (tmp_path / "results.jsonl").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(error, match=message):
         load_cells(tmp_path / "results.jsonl")
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -25,6 +24,7 @@ import yaml
 
 from sfedlora.data.files import read_text
 from sfedlora.errors import DataError, StorageError
+from sfedlora.storage import write_text
 
 __all__ = ["chatterbot_rows", "chitchat_rows", "hutto_rows", "write_jsonl"]
 
@@ -116,15 +116,9 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _conversation_rows(file: Path) -> list[dict[str, str]]:

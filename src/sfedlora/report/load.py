@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfedlora.config.flatten import flatten
 from sfedlora.config.yaml_file import read_yaml
 from sfedlora.errors import DataError, InputError
+from sfedlora.storage import read_record, read_records
 
 __all__ = ["CellRecord", "RunRecord", "cell_of_run", "load_cells", "load_run", "run_points"]
 
@@ -54,18 +55,15 @@ def load_run(run_dir: Path) -> RunRecord:
 
     Raises:
         InputError: it is no run directory, or no round has finished yet.
-        DataError: one of its files is damaged.
+        StorageError: one of its files is damaged.
     """
     config, metrics, summary = (run_dir / name for name in ("config.yaml", "metrics.jsonl", "summary.json"))
     if not config.is_file():
         raise InputError(f"{run_dir}: no run directory (config.yaml is missing); give a folder that `run` wrote")
-    rounds = _read_lines(metrics) if metrics.is_file() else []
+    rounds = read_records(metrics, {"round_num": int}) if metrics.is_file() else []
     if not rounds:
         raise InputError(f"{run_dir}: no round has finished yet (metrics.jsonl is missing or empty)")
-    for record in rounds:
-        if not isinstance(record.get("round_num"), int):
-            raise DataError(f"{metrics}: a line has no round_num; every line describes one round")
-    content = _parse_object(summary.read_text(encoding="utf-8"), str(summary)) if summary.is_file() else {}
+    content = read_record(summary, {}) if summary.is_file() else {}
     ordered = tuple(sorted(rounds, key=lambda record: int(record["round_num"])))
     return RunRecord(run_dir, flatten(read_yaml(config).values), ordered, content)
 
@@ -75,18 +73,15 @@ def load_cells(results: Path) -> list[CellRecord]:
 
     Raises:
         InputError: no such file.
-        DataError: empty, damaged, or a line without one of the four keys.
+        DataError: empty.
+        StorageError: damaged, or a line without one of the four keys.
     """
     if not results.is_file():
         raise InputError(f"{results}: no such file; `sfedlora compare` writes it")
     cells = []
-    for number, record in enumerate(_read_lines(results), start=1):
-        missing = [key for key in ("cell", "settings", "run_dir", "summary") if key not in record]
-        if missing or not isinstance(record["settings"], Mapping) or not isinstance(record["summary"], Mapping):
-            what = f"lacks {', '.join(missing)}" if missing else "has settings or a summary that is no object"
-            raise DataError(f"{results}: line {number} {what}; expected cell, settings, run_dir, summary")
+    for record in read_records(results, {"cell": str, "settings": dict, "run_dir": str, "summary": dict}):
         run_dir = _find_run(Path(record["run_dir"]), results.parent)
-        cells.append(CellRecord(str(record["cell"]), record["settings"], run_dir, record["summary"]))
+        cells.append(CellRecord(record["cell"], record["settings"], run_dir, record["summary"]))
     if not cells:
         raise DataError(f"{results}: empty; no cell has finished yet")
     return cells
@@ -117,33 +112,6 @@ def number(value: Any) -> float | None:
     return float(value) if is_number and math.isfinite(value) else None
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted key -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _find_run(run_dir: Path, beside: Path) -> Path:
     candidates = [run_dir, beside / run_dir, beside / run_dir.name]
     return next((path for path in candidates if (path / "config.yaml").is_file()), run_dir)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line without an end (still being written) is left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    return [_parse_object(line, f"{path}, line {at}") for at, line in enumerate(lines[:-1], start=1) if line.strip()]
-
-
-def _parse_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(content).__name__}")
-    return content
