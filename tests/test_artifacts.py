@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,16 @@ def test_a_damaged_file_is_named_with_what_it_lacks(name: str, directory: RunDir
     directory.save_checkpoint(_checkpoint(1), changed=CLIENTS, best_round=None)
     (directory.path / "checkpoints" / "partial").mkdir()
     (directory.path / name).write_text(content, encoding="utf-8")
-    read = {
+    readers: dict[str, Callable[[], object]] = {
         "partition.json": directory.partition,
         "environment.json": directory.environment,
         "summary.json": directory.summary,
         "metrics.jsonl": directory.metrics,
         "checkpoints/round-000001/state.json": lambda: directory.load_checkpoint(1),
         "checkpoints/partial/a.json": lambda: directory.load_partial(2),
-    }[name]
+    }
     with pytest.raises(StorageError, match=message):
-        read()
+        readers[name]()
 
 
 def test_a_state_without_progress_and_a_folder_that_is_no_checkpoint(directory: RunDirectory) -> None:

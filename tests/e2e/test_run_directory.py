@@ -27,8 +27,8 @@ ROUND_KEYS = {
     "effective_cohort_size", "bytes_up", "bytes_down", "train_seconds", "aggregate_seconds", "eval_seconds", "tokens",
     "padded_tokens", "excluded", "clients",
 }  # fmt: skip
-TRAINED_KEYS = {"num_examples", "train_loss", "num_steps", "grad_norm_a", "grad_norm_b"}
-EVALUATED_KEYS = {"num_evaluated", "eval_loss", "perplexity"}
+TRAINED_KEYS = {"train_loss", "num_steps", "grad_norm_a", "grad_norm_b"}
+EVALUATED_KEYS = {"num_examples", "num_evaluated", "eval_loss", "perplexity"}
 
 
 def _partition(run_dir: Path) -> dict[str, Any]:

@@ -273,8 +273,18 @@ def test_resume_refuses_an_edited_partition_and_other_weights(tmp_path: Path, ca
     config.write_text(written.replace("seed: 0", "seed: 5"), encoding="utf-8")
     outcome = sfedlora(capsys, "resume", tmp_path / "run")
     assert outcome.code == 2
-    assert "dealt otherwise" in outcome.err
+    assert "was edited since the run began" in outcome.err
     config.write_text(written, encoding="utf-8")
+    partition = tmp_path / "run" / "partition.json"
+    dealt = json.loads(partition.read_text(encoding="utf-8"))
+    first = next(iter(dealt["clients"].values()))
+    first["train"], first["test"] = first["test"], first["train"]
+    whole = partition.read_text(encoding="utf-8")
+    partition.write_text(json.dumps(dealt), encoding="utf-8")
+    outcome = sfedlora(capsys, "resume", tmp_path / "run")
+    assert outcome.code == 2
+    assert "dealt otherwise" in outcome.err
+    partition.write_text(whole, encoding="utf-8")
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(weights)
