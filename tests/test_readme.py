@@ -36,6 +36,10 @@ def test_every_reason_belongs_to_a_block() -> None:
         assert any(content.startswith(start) for _, content in blocks()), start
 
 
+def test_no_placeholder_is_left() -> None:
+    assert not re.search(r"\b[A-Z]+_OUTPUT\b", README.read_text(encoding="utf-8"))
+
+
 def test_the_blocks_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

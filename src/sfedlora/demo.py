@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from sfedlora.config import RunConfig
 from sfedlora.config.grid import Cell
-from sfedlora.data.corpora import chatterbot_rows, hutto_rows, write_jsonl
 from sfedlora.data.files import read_file
 from sfedlora.errors import ConfigError, DataError, InputError
 from sfedlora.sources import local_path
@@ -189,6 +188,8 @@ def prepare_data(task: DemoTask, folder: Path, num_clients: int, data_dir: Path 
             f"task {task.name}: {len(chosen)} clients have {task.examples_per_client} examples, expected {num_clients}"
         )
     rows = [row for client in chosen for row in _evenly_spaced(by_client[client], task.examples_per_client)]
+    from sfedlora.data.corpora import write_jsonl
+
     path = folder / f"data-{num_clients}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(rows, path)
@@ -239,6 +240,8 @@ def _evenly_spaced(rows: Rows, count: int) -> Rows:
 
 def _chat_rows(data_dir: Path | None) -> Rows:
     del data_dir
+    from sfedlora.data.corpora import chatterbot_rows
+
     folder = local_path("package:chatterbot_corpus/data/english")
     if folder is None:
         raise InputError("chatterbot-corpus is not installed; pip install --no-deps chatterbot-corpus==1.3.3")
@@ -267,6 +270,8 @@ def _sentiment_rows(data_dir: Path | None) -> Rows:
             f"{archive}: not found; it is additional_resources/{archive.name} of the vaderSentiment==3.3.2 source "
             "archive (`make demo-sentiment` fetches it); name its folder with --data-dir"
         )
+    from sfedlora.data.corpora import hutto_rows
+
     rows = hutto_rows(archive)
     totals = Counter((row["domain"], row["label"]) for row in rows)
     seen: Counter[tuple[str, str]] = Counter()

@@ -41,17 +41,17 @@ RATES = {"adamw": 0.01, "sgd": 0.3}
 CASES: dict[str, tuple[LocalTraining, frozenset[Part]]] = {
     "sgd": (SGD, ALL_PARTS),
     "sgd, weight decay": (replace(SGD, weight_decay=0.1), ALL_PARTS),
-    "sgd, clipping": (replace(SGD, max_grad_norm=0.05), ALL_PARTS),
+    "sgd, clipping": (replace(SGD, max_grad_norm=0.02), ALL_PARTS),
     "sgd, accumulation": (replace(SGD, accumulation=3), ALL_PARTS),
     "sgd, slow A": (replace(SGD, learning_rate_a_ratio=0.1), ALL_PARTS),
     "sgd, standing A": (replace(SGD, learning_rate_a_ratio=0.0), ALL_PARTS),
     "sgd, frozen A": (SGD, frozenset({Part.B, Part.HEAD})),
-    "sgd, frozen A, clipping": (replace(SGD, max_grad_norm=0.05), frozenset({Part.B, Part.HEAD})),
+    "sgd, frozen A, clipping": (replace(SGD, max_grad_norm=0.02), frozenset({Part.B, Part.HEAD})),
     "sgd, epochs": (replace(SGD, local_steps=None, local_epochs=2), ALL_PARTS),
     "sgd, epochs, accumulation": (replace(SGD, local_steps=None, local_epochs=1, accumulation=3), ALL_PARTS),
     "adamw": (ADAMW, ALL_PARTS),
     "adamw, weight decay": (replace(ADAMW, weight_decay=0.1), ALL_PARTS),
-    "adamw, clipping": (replace(ADAMW, max_grad_norm=0.05), ALL_PARTS),
+    "adamw, clipping": (replace(ADAMW, max_grad_norm=0.02), ALL_PARTS),
     "adamw, accumulation": (replace(ADAMW, accumulation=3), ALL_PARTS),
     "adamw, fast A": (replace(ADAMW, learning_rate_a_ratio=4.0), ALL_PARTS),
     "adamw, frozen A": (ADAMW, frozenset({Part.B, Part.HEAD})),
@@ -184,7 +184,7 @@ def test_clipping_really_clips(task: Task) -> None:
     metrics = train(task, SGD, work_of(task, SGD)).metrics
     assert metrics.grad_norm_a is not None
     assert metrics.grad_norm_b is not None
-    assert math.hypot(metrics.grad_norm_a, metrics.grad_norm_b) > 0.05
+    assert math.hypot(metrics.grad_norm_a, metrics.grad_norm_b) > 0.02
 
 
 @every_task
