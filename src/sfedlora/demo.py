@@ -23,7 +23,7 @@ from typing import Any, Literal
 from sfedlora.config import RunConfig
 from sfedlora.config.grid import Cell
 from sfedlora.data.files import read_file
-from sfedlora.errors import ConfigError, DataError, InputError
+from sfedlora.errors import DataError, InputError
 from sfedlora.sources import local_path
 
 __all__ = [
@@ -173,11 +173,8 @@ def prepare_data(task: DemoTask, folder: Path, num_clients: int, data_dir: Path 
     """Write the examples of the clients with the most rows, the same number for each, evenly spaced, as JSONL.
 
     Raises:
-        ConfigError: the folder is a file or holds a run.
         DataError: fewer clients with enough rows than asked for.
     """
-    if folder.is_file() or (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder}: is a file or a run directory; give the demonstration another --output")
     by_client: dict[str, Rows] = {}
     for row in task.read_rows(data_dir):
         by_client.setdefault(row["client"], []).append(row)
