@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -71,6 +72,37 @@ def test_inputs_are_consumed_one_at_a_time_and_not_changed() -> None:
     assert all(item[name].equal(copy[name]) for item, copy in zip(items, copies, strict=True) for name in NAMES)
 
 
+def test_an_item_is_let_go_before_the_next_one_is_made() -> None:
+    earlier: list[weakref.ref[Tensor]] = []
+
+    def stream() -> Iterator[tuple[float, dict[str, Tensor]]]:
+        for value in range(4):
+            assert all(ref() is None for ref in earlier)
+            tensor = torch.full((3,), float(value))
+            earlier.append(weakref.ref(tensor))
+            item = {"a:x": tensor}
+            del tensor
+            yield 1.0, item
+            del item
+
+    assert weighted_mean(stream())["a:x"].equal(torch.full((3,), 1.5))
+    assert len(earlier) == 4
+
+
+@pytest.mark.parametrize("count", [3, 7, 10, 49])
+def test_equal_weights_that_add_up_to_one_give_what_equal_counts_give(count: int) -> None:
+    items = [{"a:x": torch.full((1,), float(number), dtype=torch.float64)} for number in range(count)]
+    shares = weighted_mean((1.0 / count, item) for item in items)["a:x"]
+    assert float(shares) == pytest.approx((count - 1) / 2, rel=1e-14)
+
+
+def test_a_mean_of_parameters_asks_for_no_gradient() -> None:
+    items = [(1.0, {"a:x": torch.nn.Parameter(torch.ones(2))}) for _ in range(3)]
+    mean = weighted_mean(items)["a:x"]
+    assert not mean.requires_grad
+    assert mean.equal(torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("items", "error", "message"),
     [
@@ -80,6 +112,7 @@ def test_inputs_are_consumed_one_at_a_time_and_not_changed() -> None:
         ([(math.nan, {"a:x": torch.ones(1)})], ConfigError, "weight nan"),
         ([(1.0, {"a:x": torch.ones(1, dtype=torch.int64)})], AdapterError, "a:x: dtype torch.int64"),
         ([(1.0, {"a:x": torch.ones(1)}), (1.0, {"a:y": torch.ones(1)})], AdapterError, "a:x, a:y"),
+        ([(1.0, {}), (1.0, {"a:x": torch.ones(1)})], AdapterError, "a:x"),
         ([(1.0, {"a:x": torch.ones(1)}), (1.0, {"a:x": torch.ones(2)})], AdapterError, r"a:x: \(2,\)"),
         ([(1.0, {"a:x": torch.ones(1)}), (1.0, {"a:x": torch.ones(1).half()})], AdapterError, "float16"),
     ],

@@ -24,6 +24,9 @@ def weighted_mean(items: Iterable[tuple[float, Tensors]]) -> dict[str, Tensor]:
     (float64 for float64 factors). A single item of weight 1 comes out bit for bit; so does the order of addition:
     the same items in the same order always give the same bits.
 
+    Beside the accumulator it holds the item at hand, which it lets go before it asks for the next, so memory does not
+    grow with the number of items. Weights that add up to 1, as those of a server step do, spare it the division.
+
     Args:
         items: pairs of a weight of at least 0 and the factors; every item has the same names, shapes and dtypes.
             Items may be produced lazily; none is kept or changed.
@@ -37,18 +40,23 @@ def weighted_mean(items: Iterable[tuple[float, Tensors]]) -> dict[str, Tensor]:
     """
     sums: dict[str, Tensor] = {}
     dtypes: dict[str, torch.dtype] = {}
-    total = 0.0
+    weights: list[float] = []
     for weight, tensors in items:
         if not math.isfinite(weight) or weight < 0:
             raise ConfigError(f"weight {weight} in a weighted mean; expected a finite number of at least 0")
-        if not dtypes:
+        if not weights:
             sums, dtypes = _first_term(weight, tensors)
         else:
             _add_term(sums, dtypes, weight, tensors)
-        total += weight
+        weights.append(weight)
+        del tensors  # a loop variable would keep this item while the next one is produced
+    total = math.fsum(weights)
     if total == 0:
         raise ConfigError("the weights of a weighted mean sum to 0; at least one must be positive")
-    return {name: value.div_(total).to(dtypes[name]) for name, value in sums.items()}
+    if total != 1:
+        for value in sums.values():
+            value.div_(total)
+    return {name: value.to(dtypes[name]) for name, value in sums.items()}
 
 
 def _first_term(weight: float, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
@@ -64,11 +72,12 @@ def _add_term(sums: dict[str, Tensor], dtypes: dict[str, torch.dtype], weight: f
     if tensors.keys() != sums.keys():
         odd = sorted(tensors.keys() ^ sums.keys())
         raise AdapterError(f"the items of a weighted mean differ in their factors: {', '.join(odd[:4])}")
-    for name, total in sums.items():
-        tensor = tensors[name]
-        if tensor.shape != total.shape or tensor.dtype != dtypes[name]:
-            raise AdapterError(
-                f"{name}: {tuple(tensor.shape)} {tensor.dtype} in a weighted mean whose first item has "
-                f"{tuple(total.shape)} {dtypes[name]}"
-            )
-        total.add_(tensor.detach(), alpha=weight)
+    with torch.no_grad():
+        for name, total in sums.items():
+            tensor = tensors[name]
+            if tensor.shape != total.shape or tensor.dtype != dtypes[name]:
+                raise AdapterError(
+                    f"{name}: {tuple(tensor.shape)} {tensor.dtype} in a weighted mean whose first item has "
+                    f"{tuple(total.shape)} {dtypes[name]}"
+                )
+            total.add_(tensor, alpha=weight)
