@@ -81,8 +81,9 @@ def _cell(text: str) -> str:
 
 def _type(field: Mapping[str, Any]) -> str:
     """What may stand there, in words."""
-    if "anyOf" in field:
-        return " or ".join(dict.fromkeys(_type(choice) for choice in field["anyOf"]))
+    choices = field.get("anyOf") or field.get("oneOf")
+    if choices:
+        return " or ".join(dict.fromkeys(_type(choice) for choice in choices))
     if "const" in field or "enum" in field:
         return ", ".join(json.dumps(value).strip('"') for value in field.get("enum", [field.get("const")]))
     kind = str(field["type"])

@@ -61,7 +61,7 @@ def test_the_adapter_begins_with_zero_b_and_the_averaged_a() -> None:
 def test_the_number_of_clients_in_gamma(chosen: Any, expected: float) -> None:
     prepared = _prepare(rounds__weighting="uniform", lora__num_clients=chosen)
     assert prepared.scaling_clients == pytest.approx(expected)
-    assert prepared.federation.scaling == pytest.approx(8 * (expected / 4) ** 0.5)
+    assert prepared.federation.sizes.server.scaling == pytest.approx(8 * (expected / 4) ** 0.5)
 
 
 def test_a_cohort_counts_only_for_local_initialisation() -> None:
@@ -74,7 +74,7 @@ def test_one_client_is_no_reason_to_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepared = _prepare(partition={"scheme": "iid", "num_clients": 1})
-    assert prepared.federation.scaling == pytest.approx(8 / 2)
+    assert prepared.federation.sizes.server.scaling == pytest.approx(8 / 2)
 
 
 def test_the_same_configuration_prepares_the_same_federation() -> None:

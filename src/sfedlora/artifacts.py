@@ -149,7 +149,7 @@ class RunDirectory:
 
     def environment(self) -> dict[str, Any]:
         """environment.json."""
-        kinds = {"base_model.sha256": str, "scaling.gamma": int | float, "external_sha256": dict}
+        kinds = {"base_model.sha256": str, "scaling.gamma": int | float | dict, "external_sha256": dict}
         return read_record(self.path / "environment.json", kinds)
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:

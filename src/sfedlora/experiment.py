@@ -36,6 +36,7 @@ from sfedlora.federation.round import (
 )
 from sfedlora.federation.sampling import sample_cohort
 from sfedlora.federation.state import Federation, FederationState, initial_state, serving_adapter
+from sfedlora.lora.base_delta import adapter_with_deltas, total_deltas
 from sfedlora.lora.peft_format import save_adapter
 from sfedlora.setup import Prepared, prepare
 from sfedlora.types import Tensors
@@ -170,18 +171,30 @@ def _with_output(config: RunConfig, run_dir: Path) -> RunConfig:
     return config.with_values({"output": str(run_dir)})
 
 
-def write_adapter(prepared: Prepared, tensors: Tensors, directory: Path) -> None:
-    """Write a complete adapter as a stock PEFT directory."""
-    config = prepared.config
+def write_adapter(prepared: Prepared, state: FederationState, client_id: str | None, directory: Path) -> None:
+    """Write what a client serves (None: the shared factors) as a stock PEFT directory.
+
+    Base deltas are joined to the adapter; its gamma is then 1 and its rank that of both together.
+    """
+    config, federation = prepared.config, prepared.federation
+    size, layout = federation.sizes.server, federation.resident.layout
+    tensors: Tensors = {**federation.initial, **state.server.shared}
+    if client_id is not None:
+        size, tensors = federation.sizes.of(client_id), serving_adapter(federation, state, client_id)
+    rule, alpha, rank, num_clients = config.lora.scaling, config.lora.alpha, size.rank, prepared.scaling_clients
+    deltas = total_deltas(state.server.extra)
+    if deltas:
+        tensors, rank = adapter_with_deltas(tensors, deltas, layout, size.scaling)
+        rule, alpha, num_clients = "lora", float(rank), 1.0
     save_adapter(
         directory,
         tensors,
-        layout=prepared.federation.resident.layout,
-        rule=config.lora.scaling,
-        alpha=config.lora.alpha,
-        rank=config.lora.rank,
-        num_clients=prepared.scaling_clients,
-        dropout=config.lora.dropout,
+        layout=layout,
+        rule=rule,
+        alpha=alpha,
+        rank=rank,
+        num_clients=num_clients,
+        dropout=0.0 if deltas else config.lora.dropout,
         task=config.model.task,
         base_model_name=prepared.base.name_or_path,
         target_suffixes=prepared.federation.resident.target_suffixes,
@@ -240,9 +253,8 @@ def _finish(
 ) -> Iterator[RunEvent]:
     """Write the adapters, evaluate last and best round on test, write the summary."""
     federation = prepared.federation
-    write_adapter(prepared, {**federation.initial, **state.server.shared}, directory.adapter_path(None))
-    for client_id in sorted(state.personal):
-        write_adapter(prepared, serving_adapter(federation, state, client_id), directory.adapter_path(client_id))
+    for client_id in (None, *sorted(state.personal)):
+        write_adapter(prepared, state, client_id, directory.adapter_path(client_id))
     last = yield from _evaluate_both(federation, state)
     last_round, best_round = state.server.round_num, progress["best_round"]
     if best_round is None or best_round == last_round:

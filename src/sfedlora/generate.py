@@ -9,9 +9,9 @@ import torch
 
 from sfedlora.errors import InputError
 from sfedlora.experiment import load_state
-from sfedlora.federation.state import serving_adapter
+from sfedlora.federation.state import load_serving
 from sfedlora.setup import Prepared
-from sfedlora.types import Part, Tensors, part_of
+from sfedlora.types import Part
 
 __all__ = ["Answer", "answer_before_and_after"]
 
@@ -47,23 +47,21 @@ def answer_before_and_after(run_dir: Path, *, client_id: str | None = None, max_
     tokens = federation.data.example_tokens(row)
     start = int(federation.data.label_starts[row])
     prompt = torch.from_numpy(tokens[:start].astype("int64"))[None]
-    adapter = serving_adapter(federation, state, chosen)
-    untouched = {
-        name: torch.zeros_like(tensor) if part_of(name) is Part.B else tensor for name, tensor in adapter.items()
-    }
+    load_serving(federation, state, chosen)
+    after = _generate(prepared, prompt, max_new_tokens)
+    federation.resident.flat(Part.B).zero_()
+    federation.resident.set_base_deltas({})
     return Answer(
         chosen,
         _decode(prepared, prompt[0]),
         _decode(prepared, torch.from_numpy(tokens[start:].astype("int64"))),
-        _generate(prepared, untouched, prompt, max_new_tokens),
-        _generate(prepared, adapter, prompt, max_new_tokens),
+        _generate(prepared, prompt, max_new_tokens),
+        after,
     )
 
 
-def _generate(prepared: Prepared, adapter: Tensors, prompt: torch.Tensor, max_new_tokens: int) -> str:
+def _generate(prepared: Prepared, prompt: torch.Tensor, max_new_tokens: int) -> str:
     federation = prepared.federation
-    federation.resident.load(adapter)
-    federation.resident.scaling = federation.scaling
     ids = prompt.to(federation.resident.device)
     output = federation.resident.model.generate(
         input_ids=ids,

@@ -15,7 +15,6 @@ from sfedlora.errors import ConfigError, InputError, StorageError
 from sfedlora.experiment import load_state, write_adapter
 from sfedlora.federation.evaluate import mean_results
 from sfedlora.federation.round import Split, evaluate_clients, evaluate_external
-from sfedlora.federation.state import serving_adapter
 from sfedlora.lora.base_model import load_base_model
 from sfedlora.setup import encode_examples, load_source
 from sfedlora.storage import directory_written_whole, sync_files
@@ -88,11 +87,11 @@ def export_adapters(
     _require_clients(chosen, [*prepared.federation.splits, *state.personal])
     written = [target / "shared"] if clients is None else []
     if clients is None:
-        write_adapter(prepared, {**prepared.federation.initial, **state.server.shared}, target / "shared")
+        write_adapter(prepared, state, None, target / "shared")
     layout = RunDirectory(target)
     for client_id in chosen:
         folder = target / layout.adapter_path(client_id).name
-        write_adapter(prepared, serving_adapter(prepared.federation, state, client_id), folder)
+        write_adapter(prepared, state, client_id, folder)
         written.append(folder)
     return written
 
@@ -108,11 +107,8 @@ def export_merged(run_dir: Path, target: Path, *, client: str | None, round_choi
     """
     _require_empty(target)
     prepared, state = load_state(run_dir, _round_number(run_dir, round_choice))
-    if client is None:
-        tensors = {**prepared.federation.initial, **state.server.shared}
-    else:
+    if client is not None:
         _require_clients([client], [*prepared.federation.splits, *state.personal])
-        tensors = serving_adapter(prepared.federation, state, client)
     names = prepared.label_names
     base = load_base_model(
         prepared.config.model.source,
@@ -123,7 +119,7 @@ def export_merged(run_dir: Path, target: Path, *, client: str | None, round_choi
     )
     with directory_written_whole(target.resolve()) as folder:
         adapter = folder / ".adapter"
-        write_adapter(prepared, tensors, adapter)
+        write_adapter(prepared, state, client, adapter)
         merged = PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
         shutil.rmtree(adapter)
         try:

@@ -12,13 +12,15 @@ Nothing here computes; verbs live in `lora`, `methods` and `federation`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from torch import Tensor
 
 __all__ = [
     "AdapterLayout",
+    "LoraSize",
+    "LoraSizes",
     "Part",
     "ServerState",
     "Target",
@@ -99,6 +101,31 @@ class AdapterLayout:
 
 
 @dataclass(frozen=True)
+class LoraSize:
+    """Rank and gamma of one adapter."""
+
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LoraSizes:
+    """The sizes of all adapters of a federation.
+
+    Attributes:
+        server: that of the shared factors; its rank is the largest of all.
+        clients: client id -> its own size; empty where all clients have the server's.
+    """
+
+    server: LoraSize
+    clients: Mapping[str, LoraSize] = field(default_factory=dict)
+
+    def of(self, client_id: str) -> LoraSize:
+        """The size of one client's adapter."""
+        return self.clients.get(client_id, self.server)
+
+
+@dataclass(frozen=True)
 class Update:
     """What one client sends to the server after local training.
 
@@ -122,7 +149,7 @@ class ServerState:
     Attributes:
         round_num: the last finished round; 0 before round 1.
         shared: the factors that a broadcast is made from.
-        extra: what a method keeps besides (server optimizer moments, base deltas), by its own names.
+        extra: what is kept besides (server optimizer moments, base deltas), by names of its own.
     """
 
     round_num: int

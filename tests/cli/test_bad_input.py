@@ -359,7 +359,7 @@ def test_a_comparison_that_cannot_be_made(config: Path, tmp_path: Path, capsys: 
     refused(compare("--vary", "lora.rank="), "empty value", output=output)
     refused(compare("--ranks", "4,,8"), "empty value", output=output)
     refused(compare("--ranks", "4,0"), "cell rank=0", "greater than 0", output=output)
-    refused(compare("--methods", "fedit,fedsi"), "cell method=fedsi", "'fedit'", output=output)
+    refused(compare("--methods", "fedit,fedsi"), "cell method=fedsi", "fedit", output=output)
     refused(compare("--ranks", "4", "--vary", "lora.rank=8"), "varied twice", output=output)
     refused(compare("--vary", "output=a,b"), "--output", output=output)
     refused(compare("output=a", "--ranks", "4,8"), "--output", output=output)

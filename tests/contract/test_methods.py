@@ -41,10 +41,11 @@ from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.lora.layer import LoraLinear
 from sfedlora.methods import METHODS, Method, aggregate, make_method
 from sfedlora.methods.base import Weighting
-from sfedlora.types import Part, ServerState, Tensors, Update, factor_name, part_of, select_parts
+from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, Update, factor_name, part_of, select_parts
 from support.tiny_models import tiny_bert_classifier, tiny_gpt2, tiny_llama
 
 RANK, SCALING, ROUND = 3, 1.7, 4
+SIZES = LoraSizes(LoraSize(RANK, SCALING))
 TOLERANCE = 3e-6  # of the largest entry: float32 means and products of rank 3
 EXAMPLES = {"ann": 30, "bob": 7, "cyd": 101, "dan": 13, "eve": 59}
 EVERYBODY, SOME = tuple(EXAMPLES), ("ann", "dan", "eve")
@@ -211,7 +212,7 @@ def test_every_method_has_a_row() -> None:
 
 @every_method
 def test_exactness_is_declared(name: str) -> None:
-    assert make_method(name).exact == ROWS[name].exact
+    assert make_method(name).traits.exact == ROWS[name].exact
 
 
 @every_method
@@ -221,14 +222,14 @@ def test_clients_serve_what_the_dense_formula_says(
     name: str, weighting: Weighting, partial: bool, resident: ResidentModel
 ) -> None:
     scene = make_scene(name, resident, partial=partial)
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting=weighting)
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting=weighting, sizes=SIZES)
     p = weights_of({client: EXAMPLES[client] for client in scene.cohort}, weighting)
     measured = {client: measured_deltas(resident, scene.serving(after, client)) for client in scene.held}
     for target in resident.layout.targets:
         pairs = held_pairs(scene, target.path)
         served = ROWS[name].served(pairs, p, SCALING)
         assert all(close(measured[client][target.path], served[client]) for client in scene.held)
-        if scene.method.exact == "model":
+        if scene.method.traits.exact == "model":
             assert close(measured["ann"][target.path], ideal(pairs, p, SCALING))
 
 
@@ -241,7 +242,7 @@ def test_every_scaling_rule_in_even_and_odd_rounds(
     name: str, rule: str, round_num: int, resident: ResidentModel
 ) -> None:
     scene = make_scene(name, resident, round_num=round_num)
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples", sizes=SIZES)
     p = weights_of({client: EXAMPLES[client] for client in scene.cohort}, "examples")
     last = scene.cohort[-1]
     measured = measured_deltas(resident, scene.serving(after, last), RULES[rule])
@@ -262,7 +263,7 @@ def with_zero_b(scene: Scene, clients: Sequence[str]) -> Scene:
 @pytest.mark.parametrize("zero", [EVERYBODY, ("ann", "cyd")], ids=["all", "two"])
 def test_zero_b_is_an_update_like_another(name: str, zero: tuple[str, ...], resident: ResidentModel) -> None:
     scene = with_zero_b(make_scene(name, resident), zero)
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples", sizes=SIZES)
     p = weights_of(EXAMPLES, "examples")
     measured = measured_deltas(resident, scene.serving(after, "ann"))
     for path, delta in measured.items():
@@ -277,7 +278,7 @@ def test_zero_b_is_an_update_like_another(name: str, zero: tuple[str, ...], resi
 
 def test_flexlora_gives_orthonormal_rows_and_the_error_of_the_dense_svd(small: ResidentModel) -> None:
     scene = make_scene("flexlora", small)
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples", sizes=SIZES)
     p = weights_of(EXAMPLES, "examples")
     for target in small.layout.targets:
         a, b = (after.shared[factor_name(part, target.path)].double().numpy() for part in (Part.A, Part.B))
@@ -311,7 +312,7 @@ def test_a_shared_head_is_the_mean_and_a_personal_one_stays(
     name: str, weighting: Weighting, small: ResidentModel
 ) -> None:
     scene = make_scene(name, small, partial=True)
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting=weighting)
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting=weighting, sizes=SIZES)
     p = weights_of({client: EXAMPLES[client] for client in scene.cohort}, weighting)
     personal = Part.HEAD in scene.method.personal_parts()
     assert personal == (name in {"fedsa", "local"})
@@ -334,7 +335,7 @@ def test_clients_that_did_not_change_leave_the_effective_weight(
     scene = make_scene(name, resident)
     unchanged = {client: {**own, **scene.state.shared} for client, own in scene.held.items()}
     scene = replace(scene, held=unchanged)
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting=weighting)
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting=weighting, sizes=SIZES)
     for client in scene.held:
         before = measured_deltas(resident, scene.serving(scene.state, client))
         now = measured_deltas(resident, scene.serving(after, client))
@@ -346,9 +347,11 @@ def test_clients_that_did_not_change_leave_the_effective_weight(
 def test_reply_order_changes_no_bit(name: str, weighting: Weighting, small: ResidentModel) -> None:
     scene = make_scene(name, small)
     updates = scene.updates()
-    expected = aggregate(scene.method, scene.state, updates, weighting=weighting)
+    expected = aggregate(scene.method, scene.state, updates, weighting=weighting, sizes=SIZES)
     for order in itertools.islice(itertools.permutations(updates), 1, None, 7):
-        assert same_bits(aggregate(scene.method, scene.state, order, weighting=weighting).shared, expected.shared)
+        assert same_bits(
+            aggregate(scene.method, scene.state, order, weighting=weighting, sizes=SIZES).shared, expected.shared
+        )
 
 
 def test_order_would_change_bits_if_updates_were_taken_as_they_come(small: ResidentModel) -> None:
@@ -358,8 +361,8 @@ def test_order_would_change_bits_if_updates_were_taken_as_they_come(small: Resid
     renamed = [
         replace(update, client_id=other.client_id) for update, other in zip(updates, reversed(updates), strict=True)
     ]
-    one = aggregate(scene.method, scene.state, updates, weighting="uniform").shared
-    two = aggregate(scene.method, scene.state, renamed, weighting="uniform").shared
+    one = aggregate(scene.method, scene.state, updates, weighting="uniform", sizes=SIZES).shared
+    two = aggregate(scene.method, scene.state, renamed, weighting="uniform", sizes=SIZES).shared
     assert not same_bits(one, two)
 
 
@@ -371,8 +374,8 @@ def test_scaling_all_example_counts_changes_no_bit(
 ) -> None:
     scene = make_scene(name, small)
     more = {client: factor * count for client, count in EXAMPLES.items()}
-    one = aggregate(scene.method, scene.state, scene.updates(), weighting=weighting)
-    two = aggregate(scene.method, scene.state, scene.updates(more), weighting=weighting)
+    one = aggregate(scene.method, scene.state, scene.updates(), weighting=weighting, sizes=SIZES)
+    two = aggregate(scene.method, scene.state, scene.updates(more), weighting=weighting, sizes=SIZES)
     assert same_bits(one.shared, two.shared)
 
 
@@ -382,7 +385,7 @@ def test_example_counts_matter_only_when_they_weigh(name: str, small: ResidentMo
     other = {client: rank + 1 for rank, client in enumerate(EXAMPLES)}
     results = {
         weighting: [
-            aggregate(scene.method, scene.state, scene.updates(counts), weighting=weighting).shared
+            aggregate(scene.method, scene.state, scene.updates(counts), weighting=weighting, sizes=SIZES).shared
             for counts in (EXAMPLES, other)
         ]
         for weighting in ("examples", "uniform")
@@ -396,7 +399,7 @@ def test_example_counts_matter_only_when_they_weigh(name: str, small: ResidentMo
 def test_one_client_gives_its_own_update(name: str, weighting: Weighting, small: ResidentModel) -> None:
     scene = replace(make_scene(name, small), cohort=("ann",))
     [update] = scene.updates()
-    after = aggregate(scene.method, scene.state, [update], weighting=weighting)
+    after = aggregate(scene.method, scene.state, [update], weighting=weighting, sizes=SIZES)
     if ROWS[name].refactors:
         own, served = measured_deltas(small, scene.held["ann"]), measured_deltas(small, scene.serving(after, "ann"))
         assert all(close(served[path], own[path]) for path in own)
@@ -408,7 +411,7 @@ def test_one_client_gives_its_own_update(name: str, weighting: Weighting, small:
 @every_method
 def test_what_was_not_sent_stays_bit_for_bit(name: str, small: ResidentModel) -> None:
     scene = make_scene(name, small)
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples", sizes=SIZES)
     unsent = frozenset(Part) - scene.method.shared_parts(ROUND)
     assert same_bits(select_parts(after.shared, unsent), select_parts(scene.state.shared, unsent))
 
@@ -420,7 +423,7 @@ def test_inputs_are_not_mutated(name: str, weighting: Weighting, small: Resident
     updates = scene.updates()
     before_updates = [copied(update.tensors) for update in updates]
     before_state = copied(scene.state.shared)
-    after = aggregate(scene.method, scene.state, updates, weighting=weighting)
+    after = aggregate(scene.method, scene.state, updates, weighting=weighting, sizes=SIZES)
     for name_of_factor in select_parts(after.shared, scene.method.shared_parts(ROUND)):
         after.shared[name_of_factor].fill_(7.0)  # the result is the server's own: writing to it reaches no input
     assert all(same_bits(update.tensors, old) for update, old in zip(updates, before_updates, strict=True))
@@ -432,7 +435,7 @@ def test_inputs_are_not_mutated(name: str, weighting: Weighting, small: Resident
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_dtypes_keys_and_shapes_are_kept(name: str, dtype: torch.dtype, small: ResidentModel) -> None:
     scene = make_scene(name, small, dtype=dtype)
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples", sizes=SIZES)
     assert after.round_num == ROUND
     assert list(after.shared) == list(scene.state.shared)
     for factor, tensor in after.shared.items():
@@ -447,7 +450,7 @@ def test_the_state_survives_saving_and_loading_bit_for_bit(name: str, small: Res
     for tensors in (scene.state.shared, *scene.held.values()):
         for tensor in tensors.values():
             tensor.view(-1)[:3] = odd[:3]
-    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples")
+    after = aggregate(scene.method, scene.state, scene.updates(), weighting="examples", sizes=SIZES)
     personal = {client: select_parts(own, scene.method.personal_parts()) for client, own in scene.held.items()}
     directory = RunDirectory(tmp_path / "run")
     directory.save_checkpoint(
@@ -460,8 +463,8 @@ def test_the_state_survives_saving_and_loading_bit_for_bit(name: str, small: Res
     assert loaded.personal.keys() == personal.keys()
     assert all(_same_named_bits(loaded.personal[client], personal[client]) for client in personal)
     following = replace(scene, state=after).updates()
-    gone_on = aggregate(scene.method, loaded.server, following, weighting="examples")
-    uninterrupted = aggregate(scene.method, after, following, weighting="examples")
+    gone_on = aggregate(scene.method, loaded.server, following, weighting="examples", sizes=SIZES)
+    uninterrupted = aggregate(scene.method, after, following, weighting="examples", sizes=SIZES)
     assert _same_named_bits(gone_on.shared, uninterrupted.shared)
 
 
@@ -533,7 +536,7 @@ BAD_FACTS: dict[str, tuple[Callable[[Update], Update], str]] = {
 def refused(scene: Scene, updates: Sequence[Update]) -> UpdateError:
     before = copied(scene.state.shared)
     with pytest.raises(UpdateError) as caught:
-        aggregate(scene.method, scene.state, updates, weighting="examples")
+        aggregate(scene.method, scene.state, updates, weighting="examples", sizes=SIZES)
     assert same_bits(scene.state.shared, before)
     assert scene.state.round_num == ROUND - 1
     return caught.value

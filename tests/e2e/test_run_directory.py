@@ -165,7 +165,7 @@ def test_every_adapter_gives_our_logits_in_stock_peft(finished: RunResult) -> No
     assert state.personal
     for client in state.personal:
         resident.load(serving_adapter(prepared.federation, state, client))
-        resident.scaling = prepared.federation.scaling
+        resident.scaling = prepared.federation.sizes.server.scaling
         with torch.no_grad():
             ours = resident.model(ids).logits
             theirs = causal_model(finished.adapter(client))(ids).logits

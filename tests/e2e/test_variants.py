@@ -244,7 +244,7 @@ def test_classification_adapters_give_our_logits_in_stock_peft(tmp_path: Path) -
     ids = torch.arange(3, 43).reshape(2, 20)
     for client in state.personal:
         resident.load(serving_adapter(prepared.federation, state, client))
-        resident.scaling = prepared.federation.scaling
+        resident.scaling = prepared.federation.sizes.server.scaling
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3)
         theirs = PeftModel.from_pretrained(base, str(result.adapter(client))).eval()
         with torch.no_grad():

@@ -17,7 +17,7 @@ from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork, LocalTraining, train_client
 from sfedlora.federation.objective import Task
 from sfedlora.seeds import derive_seed
-from sfedlora.types import Part, Tensors, part_of, path_of, select_parts
+from sfedlora.types import LoraSize, Part, Tensors, part_of, path_of, select_parts
 from support.tiny_federation import (
     CAUSAL_TARGETS,
     CLASSIFIER_TARGETS,
@@ -84,7 +84,7 @@ def work_of(
         round_num=round_num,
         start=starting_point(task) if start is None else start,
         trained=trained,
-        scaling=SCALING[task],
+        size=LoraSize(RANK, SCALING[task]),
         learning_rate=RATES[training.optimizer],
         indices=INDICES,
         optimizer_state={} if moments is None else moments,
@@ -227,9 +227,9 @@ def test_an_outcome_depends_on_its_own_work_only(task: Task) -> None:
     def run(work: ClientWork) -> ClientOutcome:
         return train_client(resident, DATA[task], work, ADAMW, task=task, pad_token_id=PAD, seed=SEED)
 
-    run(replace(work_of(task, ADAMW, frozenset({Part.B, Part.HEAD})), client_id="bob", scaling=9.0))
+    run(replace(work_of(task, ADAMW, frozenset({Part.B, Part.HEAD})), client_id="bob", size=LoraSize(RANK, 9.0)))
     with pytest.raises(ClientError):
-        run(replace(work_of(task, ADAMW), client_id="cyd", scaling=float("inf")))
+        run(replace(work_of(task, ADAMW), client_id="cyd", size=LoraSize(RANK, float("inf"))))
     after = run(work_of(task, ADAMW))
     assert list(after.tensors) == list(alone.tensors)
     assert all(after.tensors[name].equal(alone.tensors[name]) for name in alone.tensors)
@@ -304,7 +304,9 @@ def test_an_infinite_gradient_is_an_error_and_not_clipped_to_zero(max_grad_norm:
     start = {
         name: torch.zeros_like(t) if part_of(name) is Part.B else t for name, t in starting_point("causal-lm").items()
     }
-    work = replace(work_of("causal-lm", training, start=start), scaling=1e35)  # with B at zero the loss is finite
+    work = replace(
+        work_of("causal-lm", training, start=start), size=LoraSize(RANK, 1e35)
+    )  # with B at zero the loss is finite
     with pytest.raises(ClientError, match="the gradient became NaN or infinite at local step 1;"):
         train("causal-lm", training, work)
 

@@ -14,7 +14,7 @@ from sfedlora.data.batches import plan_local_batches
 from sfedlora.federation.client import ClientOutcome, ClientWork, LocalTraining, train_client
 from sfedlora.federation.state import initial_state, starting_adapter
 from sfedlora.seeds import derive_seed
-from sfedlora.types import Part, Tensors, part_of, path_of, select_parts
+from sfedlora.types import LoraSize, Part, Tensors, part_of, path_of, select_parts
 from support.tiny_federation import (
     CLASSIFIER_TARGETS,
     PAD,
@@ -44,7 +44,7 @@ def start() -> dict[str, Tensor]:
 def train(
     training: LocalTraining, anchored: frozenset[Part], trained: frozenset[Part] = frozenset(Part)
 ) -> ClientOutcome:
-    work = ClientWork("ann", 1, start(), trained, SCALING, RATE, INDICES, {}, anchored)
+    work = ClientWork("ann", 1, start(), trained, LoraSize(RANK, SCALING), RATE, INDICES, {}, anchored)
     resident = adapted("sequence-classification", rank=RANK)
     return train_client(resident, DATA, work, training, task="sequence-classification", pad_token_id=PAD, seed=SEED)
 
@@ -132,7 +132,7 @@ def test_a_federation_anchors_what_it_shares_at_what_it_broadcast() -> None:
     for name, tensor in ran.server.shared.items():
         assert float((tensor - begin[name]).norm()) < float((free.server.shared[name] - begin[name]).norm())
     work = ClientWork(
-        "b", 1, begin, frozenset(Part), federation.scaling, ROUNDS.learning_rate, federation.participants["b"], {},
+        "b", 1, begin, frozenset(Part), federation.sizes.server, ROUNDS.learning_rate, federation.participants["b"], {},
         frozenset({Part.A}),
     )  # fmt: skip
     alone = train_client(

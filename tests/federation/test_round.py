@@ -217,7 +217,7 @@ def test_b_of_a_client_is_what_it_gets_alone_against_the_recorded_broadcasts(coh
                 round_num=record["round_num"],
                 start={**before.server.shared, **own},
                 trained=frozenset(Part),
-                scaling=alone.scaling,
+                size=alone.sizes.server,
                 learning_rate=0.05,
                 indices=alone.splits[client_id].train,
                 optimizer_state={},
@@ -242,7 +242,7 @@ def test_b_equals_a_plain_peft_loop_against_the_recorded_broadcasts() -> None:
         own: dict[str, Tensor] = dict(select_parts(federation.initial, [Part.B]))
         for before, round_num in zip(ran.states, (1, 2, 3), strict=False):
             start = {**before.server.shared, **own}
-            model = wrap(tiny_llama(), CAUSAL_TARGETS, rank=4, scaling=federation.scaling, start=start)
+            model = wrap(tiny_llama(), CAUSAL_TARGETS, rank=4, scaling=federation.sizes.server.scaling, start=start)
             loop = PlainLoop(model, "sgd", learning_rate=0.05)
             own = {
                 f"b:{path}": tensor
@@ -477,7 +477,7 @@ def test_each_client_is_evaluated_with_its_own_factors_by_stock_peft(method: str
     ran = run_all(federation)
     for client in CLIENTS:
         start = {**ran.states[-1].server.shared, **ran.states[-1].personal[client]}
-        model = wrap(tiny_llama(), CAUSAL_TARGETS, rank=4, scaling=federation.scaling, start=start)
+        model = wrap(tiny_llama(), CAUSAL_TARGETS, rank=4, scaling=federation.sizes.server.scaling, start=start)
         data = federation.data
         assert data.label_starts is not None
         chosen = [

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from sfedlora.config import RunConfig
-from sfedlora.config.run_config import AVERAGING_METHODS
 from sfedlora.errors import ConfigError
 from sfedlora.methods import METHODS, client_weights, make_method
-from sfedlora.methods.flexlora import require_rank
+from sfedlora.setup.adapter import require_ranks
 from sfedlora.types import AdapterLayout, Part, Target
 
 A, B, HEAD = Part.A, Part.B, Part.HEAD
@@ -26,6 +25,8 @@ PARTS = [
     ("ffa", "personal", {B, HEAD}, {B}, {HEAD}),
     ("flexlora", "auto", {A, B, HEAD}, {A, B, HEAD}, set()),
     ("flexlora", "personal", {A, B, HEAD}, {A, B}, {HEAD}),
+    ("fedex", "auto", {A, B, HEAD}, {A, B, HEAD}, set()),
+    ("fedex", "personal", {A, B, HEAD}, {A, B}, {HEAD}),
     ("hetlora", "auto", {A, B, HEAD}, {A, B, HEAD}, set()),
     ("hetlora", "personal", {A, B, HEAD}, {A, B}, {HEAD}),
     ("fair", "auto", {A, B, HEAD}, {A, B, HEAD}, set()),
@@ -73,15 +74,13 @@ def test_a_method_is_found_by_its_own_name(name: str) -> None:
 
 
 def test_only_averaging_methods_let_the_number_of_clients_enter_the_scaling() -> None:
-    assert {name for name in METHODS if not make_method(name).averages_a} == {"local", "centralized"}
-    assert set(AVERAGING_METHODS) == {name for name in METHODS if make_method(name).averages_a}
-    assert {name for name in METHODS if make_method(name).pools_data} == {"centralized"}
+    traits = {name: make_method(name).traits for name in METHODS}
+    assert {name for name in METHODS if not traits[name].averages_a} == {"local", "centralized", "flora"}
+    assert {name for name in METHODS if traits[name].pools_data} == {"centralized"}
 
 
 def test_an_unknown_method_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(
-        ConfigError, match=r"method.name: unknown method 'fedsaa'; did you mean 'fedsa'\? choose one of "
-    ):
+    with pytest.raises(ConfigError, match=r"unknown method 'fedsaa'; did you mean 'fedsa'\? choose one of "):
         make_method("fedsaa")
     with pytest.raises(ConfigError, match=r"unknown method 'zzz'; choose one of fedsa, "):
         make_method("zzz")
@@ -135,6 +134,6 @@ def test_flexlora_refuses_a_server_optimizer() -> None:
 
 def test_flexlora_refuses_a_rank_that_no_svd_has() -> None:
     layout = AdapterLayout((Target("wide", 64, 32), Target("narrow", 64, 8)), {})
-    require_rank(layout, 8)
+    require_ranks(layout, 8, "flexlora")
     with pytest.raises(ConfigError, match=r"lora.rank: 9 is above min\(in_features, out_features\) = 8 of narrow"):
-        require_rank(layout, 9)
+        require_ranks(layout, 9, "flexlora")

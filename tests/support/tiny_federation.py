@@ -21,7 +21,7 @@ from sfedlora.federation.state import Federation, FederationState, RoundSettings
 from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.lora.scaling import ScalingRule, scaling_factor
 from sfedlora.methods import Method, client_weights, make_method
-from sfedlora.types import Part
+from sfedlora.types import LoraSize, LoraSizes, Part
 from support.tiny_models import VOCAB_SIZE, tiny_bert_classifier, tiny_llama
 
 __all__ = [
@@ -145,7 +145,9 @@ def tiny_federation(
         external={},
         initial={**resident.read([Part.A, Part.B, Part.HEAD]), **initial.tensors},
         init=init,
-        scaling=scaling_factor(rule, alpha=alpha, rank=rank, num_clients=initial.effective_clients),
+        sizes=LoraSizes(
+            LoraSize(rank, scaling_factor(rule, alpha=alpha, rank=rank, num_clients=initial.effective_clients))
+        ),
         effective_clients=initial.effective_clients,
         task=task,
         pad_token_id=PAD,

@@ -30,7 +30,7 @@ from sfedlora.lora.inject import adapt
 from sfedlora.lora.scaling import ScalingRule
 from sfedlora.methods import aggregate, make_method
 from sfedlora.setup import prepare
-from sfedlora.types import Part, ServerState, Update, select_parts
+from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Update, select_parts
 from support.tiny_federation import run_all
 from theory.toy import LinearModel, LinearModelConfig, linear_federation
 
@@ -147,7 +147,7 @@ def test_layers_and_server_step_compute_what_the_numpy_oracle_computes(rule: Sca
                 optimizer.step()
             own[client] = resident.read([Part.B])
             updates.append(Update(client, round_num, num_examples, resident.read([Part.A])))
-        state = aggregate(method, state, updates, weighting="examples")
+        state = aggregate(method, state, updates, weighting="examples", sizes=LoraSizes(LoraSize(rank, scaling)))
 
     np.testing.assert_allclose(norms.mean(1), expected.grad_norms_b, rtol=1e-5)
     np.testing.assert_allclose(state.shared["a:linear"].numpy(), expected.a, atol=1e-5 * np.abs(expected.a).max())

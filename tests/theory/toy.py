@@ -26,7 +26,7 @@ from sfedlora.federation.state import Federation, RoundSettings
 from sfedlora.lora.inject import adapt
 from sfedlora.lora.scaling import ScalingRule, scaling_factor
 from sfedlora.methods import client_weights, make_method
-from sfedlora.types import Part
+from sfedlora.types import LoraSize, LoraSizes, Part
 
 __all__ = ["SIZE", "LinearModel", "LinearModelConfig", "linear_federation"]
 
@@ -135,7 +135,7 @@ def linear_federation(
         external={},
         initial={**resident.read([Part.B]), **initial.tensors},
         init=init,
-        scaling=scaling_factor(rule, alpha=alpha, rank=rank, num_clients=effective),
+        sizes=LoraSizes(LoraSize(rank, scaling_factor(rule, alpha=alpha, rank=rank, num_clients=effective))),
         effective_clients=initial.effective_clients,
         task="sequence-classification",
         pad_token_id=0,

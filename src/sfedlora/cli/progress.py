@@ -15,6 +15,7 @@ from sfedlora.compare import CellStarted
 from sfedlora.errors import Interrupted, StorageError
 from sfedlora.experiment import RunEvent, RunPrepared, RunResult
 from sfedlora.federation.round import ClientEvaluated, ClientTrained, RoundFinished, RoundStarted
+from sfedlora.types import LoraSizes
 
 __all__ = ["drive", "drive_all"]
 
@@ -109,14 +110,22 @@ def _describe_start(event: RunPrepared) -> list[str]:
     lines = [
         f"{config.model.source}: {prepared.base.dtype}, {config.device}, {config.threads} threads",
         (
-            f"{len(federation.splits)} clients, method {config.method.name}, rank {config.lora.rank}, scaling "
-            f"{config.lora.scaling} with gamma {federation.scaling:.4g}, init {config.lora.init}, "
+            f"{len(federation.splits)} clients, method {config.method.name}, {_describe_sizes(federation.sizes)}, "
+            f"scaling {config.lora.scaling}, init {config.lora.init}, "
             f"effective clients {federation.effective_clients:.4g}"
         ),
     ]
     if prepared.base.new_modules:
         lines.append(f"trained in full and saved with the adapter: {', '.join(prepared.base.new_modules)}")
     return lines
+
+
+def _describe_sizes(sizes: LoraSizes) -> str:
+    own = sizes.clients.values()
+    if not own:
+        return f"rank {sizes.server.rank} with gamma {sizes.server.scaling:.4g}"
+    ranks, gammas = sorted(size.rank for size in own), sorted(size.scaling for size in own)
+    return f"ranks {ranks[0]} to {ranks[-1]} with gamma {gammas[-1]:.4g} to {gammas[0]:.4g}"
 
 
 class _LineView:

@@ -28,6 +28,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "fedit": _preset("fedit", "lora", "shared"),
         "ffa-lora": _preset("ffa", "lora", "shared"),
         "rolora": _preset("rolora", "lora", "shared"),
+        "flora": _preset("flora", "lora", "shared"),
+        "fedex-lora": _preset("fedex", "lora", "shared"),
         "flexlora": _preset("flexlora", "lora", "shared"),
         "hetlora": _preset("hetlora", "lora", "shared"),
         "lora-fair": _preset("fair", "lora", "shared"),

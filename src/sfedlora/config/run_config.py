@@ -31,6 +31,8 @@ from sfedlora.config.sections import (
 )
 from sfedlora.config.yaml_file import Document, dump_yaml, parse_scalar, read_yaml
 from sfedlora.errors import ConfigError
+from sfedlora.methods import METHODS, Method, make_method
+from sfedlora.types import Part
 
 __all__ = ["RunConfig", "apply_overrides", "with_overrides"]
 
@@ -38,9 +40,7 @@ OVERRIDE_LINE = 0
 """Stands for the command line among the lines of a file."""
 LONGEST_VALUE = 120
 """Characters of a wrong value that a message repeats."""
-AVERAGING_METHODS = ("fedsa", "fedit", "ffa", "rolora", "flexlora", "hetlora", "fair")
-FROZEN_A_METHODS = ("ffa", "rolora")
-"""In round 1 their A is not trained and must be the same for all."""
+HETEROGENEOUS_METHODS = tuple(name for name in METHODS if make_method(name).traits.heterogeneous_ranks)
 LARGEST_THREADS = 1024
 """More cannot be started on most systems, which ends the process."""
 
@@ -120,36 +120,59 @@ class RunConfig(Section):
             raise ValueError(
                 f"rounds.cohort_size is {cohort} but there are only {clients} clients (partition.num_clients)"
             )
-        if self.lora.init == "reinit" and self.method.name not in AVERAGING_METHODS:
+        try:
+            method = make_method(self.method.name, self.method.head)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if self.lora.init == "reinit" and not method.traits.averages_a:
             raise ValueError(
                 f"lora.init: reinit rescales the averaged A, which method {self.method.name!r} does not form; "
                 "use independent or shared"
             )
-        if self.lora.init == "local" and self.method.name in FROZEN_A_METHODS:
+        if self.lora.init == "local" and Part.A not in method.trained_parts(1):
             raise ValueError(
                 f"lora.init: local starts every client from its own A, but method {self.method.name!r} freezes one A "
                 "that all share; use independent or shared"
             )
+        self._check_ranks(method)
         if self.method.name == "flexlora":
             self._check_flexlora()
+        if self.rounds.server_optimizer != "none" and not method.traits.server_optimizers:
+            raise ValueError(
+                f"rounds.server_optimizer: {self.rounds.server_optimizer} steps along the change of the factors from "
+                f"round to round, which method {self.method.name!r} does not have; use none"
+            )
         if self.local.warmup_rounds > self.rounds.num_rounds:
             raise ValueError(
                 f"local.warmup_rounds is {self.local.warmup_rounds} but there are {self.rounds.num_rounds} rounds"
             )
         return self
 
+    def _check_ranks(self, method: Method) -> None:
+        """A list of ranks fits the clients and the method."""
+        rank, assignment, clients = self.lora.rank, self.lora.rank_assignment, self.partition.num_clients
+        if isinstance(rank, int):
+            if assignment == "drawn":
+                raise ValueError(f"lora.rank_assignment: drawn needs a list in lora.rank to draw from, got {rank}")
+            return
+        if len(set(rank)) > 1 and not method.traits.heterogeneous_ranks:
+            raise ValueError(
+                f"lora.rank: method {self.method.name!r} needs one rank for all clients, got {_shown(list(rank))}; "
+                f"give one number, or use one of {', '.join(HETEROGENEOUS_METHODS)}"
+            )
+        if assignment == "listed" and clients is not None and len(rank) != clients:
+            raise ValueError(
+                f"lora.rank: {len(rank)} ranks for {clients} clients (partition.num_clients); give one for each, or "
+                "lora.rank_assignment: drawn"
+            )
+
     def _check_flexlora(self) -> None:
-        """Refuse what assumes that a factor keeps its coordinates from round to round."""
+        """Refuse what assumes that A keeps the variance of its draws."""
         if self.lora.scaling == "sfed" and isinstance(self.lora.num_clients, str):
             raise ValueError(
                 f"lora.scaling: sfed with num_clients: {self.lora.num_clients} undoes the averaging of A, but method "
                 "'flexlora' gives A orthonormal rows in every round; use lora or rslora, or fix the number in "
                 "lora.num_clients"
-            )
-        if self.rounds.server_optimizer != "none":
-            raise ValueError(
-                f"rounds.server_optimizer: {self.rounds.server_optimizer} steps along the change of the factors, which "
-                "method 'flexlora' chooses anew by an SVD in every round; use none"
             )
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from sfedlora.errors import ConfigError
+from sfedlora.methods import find_method
 
 __all__ = [
     "Count",
@@ -38,11 +41,23 @@ def _storable(text: str) -> str:
     return text
 
 
+def _known_method(name: str) -> str:
+    try:
+        find_method(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
 Text = Annotated[str, AfterValidator(_storable)]
 """Text that can be a path and can be written to a file."""
 Count = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST, allow_inf_nan=False)]
+Ranks = Annotated[
+    Annotated[Count, Tag("one")] | Annotated[tuple[Count, ...], Field(min_length=1), Tag("many")],
+    Discriminator(lambda value: "many" if isinstance(value, tuple | list) else "one"),
+]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -147,8 +162,11 @@ class PartitionSection(Section):
 class LoraSection(Section):
     """The adapters."""
 
-    rank: Count = 8
-    """Rank r of every adapter."""
+    rank: Ranks = 8
+    """Rank r of every adapter, or a list of ranks (`rank_assignment`)."""
+    rank_assignment: Literal["listed", "drawn"] = "listed"
+    """What a list of ranks means. listed: one rank per client, in the order of partition.json. drawn: each client draws
+    one of them by the seed, all equally likely (a rank that is listed twice is twice as likely)."""
     alpha: PositiveFloat = 16.0
     """alpha of the scaling rule."""
     scaling: Literal["lora", "rslora", "sfed"] = "sfed"
@@ -170,8 +188,9 @@ class LoraSection(Section):
 class MethodSection(Section):
     """The federated method."""
 
-    name: Literal["fedsa", "fedit", "ffa", "rolora", "flexlora", "hetlora", "fair", "local", "centralized"] = "fedsa"
-    """fedsa, fedit, ffa, rolora, flexlora, hetlora, fair, local or centralized."""
+    name: Annotated[Text, AfterValidator(_known_method)] = "fedsa"
+    """fedsa, fedit, ffa, rolora, flora, fedex, flexlora, hetlora, fair, local, centralized, or `module:Class` for a
+    method of your own, imported from what is installed or on PYTHONPATH."""
     head: Literal["auto", "personal", "shared"] = "auto"
     """Where a classification head lives. auto: personal for fedsa and local, shared for the others."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from sfedlora.errors import ClientError
 from sfedlora.federation.objective import Task, batch_loss
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.seeds import derive_seed
-from sfedlora.types import Part, Tensors
+from sfedlora.types import LoraSize, Part, Tensors
 
 __all__ = ["ClientOutcome", "ClientWork", "LocalTraining", "TrainMetrics", "train_client"]
 
@@ -51,23 +51,25 @@ class ClientWork:
         round_num: the round, from 1.
         start: the complete adapter it starts from.
         trained: the parts it trains.
-        scaling: gamma.
+        size: rank of `start`, and gamma.
         learning_rate: of B and the head in this round.
         indices: positions of its training examples in the encoded data.
         optimizer_state: moments kept from its earlier rounds; empty to start from zero. Those of parts that are not
             trained in this round are handed back as they are.
         anchored: the parts that the proximal term pulls towards `start`.
+        base_deltas: corrections of the frozen weights, by their names in `ServerState.extra`.
     """
 
     client_id: str
     round_num: int
     start: Tensors
     trained: frozenset[Part]
-    scaling: float
+    size: LoraSize
     learning_rate: float
     indices: Sequence[int]
     optimizer_state: Tensors
     anchored: frozenset[Part] = frozenset()
+    base_deltas: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,7 @@ def train_client(
     Raises:
         ClientError: the loss, a gradient or a trained factor is NaN or infinite.
     """
-    resident.load(work.start)
-    resident.scaling = work.scaling
+    resident.serve(work.start, size=work.size, base_deltas=work.base_deltas)
     resident.set_trained(work.trained)
     anchors = {part: resident.flat(part).clone() for part in work.anchored & work.trained if training.proximal_mu > 0}
     optimizer = _FlatOptimizer(resident, work, training)

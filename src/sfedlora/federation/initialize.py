@@ -19,7 +19,7 @@ from sfedlora.lora.scaling import effective_clients
 from sfedlora.seeds import torch_generator
 from sfedlora.types import AdapterLayout, Part, Tensors, factor_name
 
-__all__ = ["MAX_DRAWN_CLIENTS", "InitialA", "Initialization", "draw_a", "form_initial_a"]
+__all__ = ["MAX_DRAWN_CLIENTS", "SHARED_OWNER", "InitialA", "Initialization", "draw_a", "form_initial_a"]
 
 Initialization = Literal["independent", "local", "shared", "reinit"]
 MAX_DRAWN_CLIENTS = 1000
@@ -47,7 +47,13 @@ class InitialA:
 
 
 def draw_a(
-    layout: AdapterLayout, rank: int, *, seed: int, owner: str | int, variance_factor: float = 1.0
+    layout: AdapterLayout,
+    rank: int,
+    *,
+    seed: int,
+    owner: str | int,
+    round_num: int = 1,
+    variance_factor: float = 1.0,
 ) -> dict[str, Tensor]:
     """One owner's draw of every A, (rank, in_features) each, float32.
 
@@ -56,11 +62,13 @@ def draw_a(
         rank: the rank.
         seed: the run's seed.
         owner: client id, or SHARED_OWNER or MEAN_OWNER for a draw that belongs to no client.
+        round_num: the round that begins with this draw.
         variance_factor: multiplies sigma^2.
     """
+    address: tuple[str | int, ...] = ("init_a", owner) if round_num == 1 else ("init_a", owner, round_num)
     draws: dict[str, Tensor] = {}
     for target in layout.targets:
-        generator = torch_generator(seed, "init_a", owner, target.path)
+        generator = torch_generator(seed, *address, target.path)
         std = math.sqrt(variance_factor / (3.0 * target.in_features))
         draws[factor_name(Part.A, target.path)] = torch.randn(rank, target.in_features, generator=generator) * std
     return draws

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from sfedlora.federation.client import ClientOutcome
 from sfedlora.federation.evaluate import EvalResult, mean_results
 from sfedlora.federation.objective import Task
+from sfedlora.types import LoraSizes
 
-__all__ = ["client_records", "evaluation_record", "training_record"]
+__all__ = ["client_records", "evaluation_record", "scaling_record", "training_record"]
 
 
 def training_record(outcomes: Mapping[str, ClientOutcome]) -> dict[str, Any]:
@@ -56,6 +57,13 @@ def client_records(
             result = evaluated[client_id]
             records[client_id] |= {"num_evaluated": result.num_examples, **result.metrics()}
     return records
+
+
+def scaling_record(sizes: LoraSizes, client_ids: Sequence[str]) -> float | dict[str, float]:
+    """Gamma as a number, or client id -> its gamma where ranks differ."""
+    if not sizes.clients:
+        return sizes.server.scaling
+    return {client_id: sizes.of(client_id).scaling for client_id in sorted(client_ids)}
 
 
 def _mean_known(values: list[float | None]) -> float | None:

@@ -18,14 +18,15 @@ from sfedlora.data.encoded import EncodedData
 from sfedlora.errors import ClientError, RunError, UpdateError
 from sfedlora.federation.client import ClientOutcome, ClientWork
 from sfedlora.federation.evaluate import EvalResult, evaluate_examples, mean_results
-from sfedlora.federation.record import client_records, evaluation_record, training_record
+from sfedlora.federation.record import client_records, evaluation_record, scaling_record, training_record
 from sfedlora.federation.sampling import sample_cohort, sample_evaluated
 from sfedlora.federation.schedule import learning_rate_at
 from sfedlora.federation.server_optimizer import apply_server_optimizer
-from sfedlora.federation.state import Federation, FederationState, serving_adapter, starting_adapter
+from sfedlora.federation.state import Federation, FederationState, load_serving, starting_adapter
+from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.scaling import effective_clients
-from sfedlora.methods import aggregate, check_update, client_weights
-from sfedlora.types import Part, Tensors, Update, part_of, select_parts
+from sfedlora.methods import aggregate, broadcast_tensors, check_update, client_weights
+from sfedlora.types import Part, ServerState, Tensors, Update, part_of, select_parts
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -113,7 +114,7 @@ def _run_round(
     outcomes: dict[str, ClientOutcome] = {}
     excluded: dict[str, str] = {}
     for client_id in sorted(done):
-        gains.append(_gain(starting_adapter(federation, state, client_id), federation.scaling))
+        gains.append(_gain(starting_adapter(federation, state, client_id), federation.sizes.of(client_id).scaling))
         outcomes[client_id] = done[client_id]
         yield ClientTrained(round_num, client_id, done[client_id], None)
     waiting = [client_id for client_id in cohort if client_id not in outcomes]
@@ -127,6 +128,7 @@ def _run_round(
     train_seconds = time.perf_counter() - clock
 
     clock = time.perf_counter()
+    before = state.server
     state, updates = _server_step(federation, state, outcomes, excluded)
     aggregate_seconds = time.perf_counter() - clock
 
@@ -148,9 +150,9 @@ def _run_round(
         **evaluation_record(evaluated, federation.task),
         **external,
         "gain": fmean(gains),
-        "scaling": federation.scaling,
+        "scaling": scaling_record(federation.sizes, list(federation.participants)),
         "effective_clients": federation.effective_clients,
-        **_traffic_record(federation, state, updates, cohort),
+        **_traffic_record(federation, before, updates, cohort),
         **seconds,
         "excluded": dict(sorted(excluded.items())),
         "clients": client_records(
@@ -171,7 +173,7 @@ def evaluate_clients(
     """
     chosen = _evaluated_clients(federation, cohort)
     for client_id in chosen:
-        _load_for_serving(federation, state, client_id)
+        load_serving(federation, state, client_id)
         indices = getattr(federation.splits[client_id], split)
         yield client_id, len(chosen), _evaluate(federation, federation.data, indices)
 
@@ -185,7 +187,7 @@ def evaluate_external(
         return {}
     results: dict[str, EvalResult] = {}
     for client_id in client_ids:
-        _load_for_serving(federation, state, client_id)
+        load_serving(federation, state, client_id)
         results[client_id] = _evaluate(federation, data, range(len(data)))
     return {f"external_{split}": mean_results(results, weighted=False)}
 
@@ -196,7 +198,7 @@ def _work_of(
     """The work of each client, made when the runner asks for it; notes the gain it starts with."""
     for client_id in client_ids:
         work = _make_work(federation, state, client_id)
-        gains.append(_gain(work.start, federation.scaling))
+        gains.append(_gain(work.start, work.size.scaling))
         yield work
 
 
@@ -208,7 +210,7 @@ def _make_work(federation: Federation, state: FederationState, client_id: str) -
         round_num=round_num,
         start=starting_adapter(federation, state, client_id),
         trained=federation.method.trained_parts(round_num),
-        scaling=federation.scaling,
+        size=federation.sizes.of(client_id),
         learning_rate=learning_rate_at(
             round_num,
             peak=settings.learning_rate,
@@ -219,6 +221,7 @@ def _make_work(federation: Federation, state: FederationState, client_id: str) -
         indices=federation.participants[client_id],
         optimizer_state=state.optimizer.get(client_id, {}),
         anchored=federation.method.shared_parts(round_num),
+        base_deltas=select_deltas(state.server.extra),
     )
 
 
@@ -233,7 +236,7 @@ def _server_step(
         outcome = outcomes[client_id]
         update = Update(client_id, round_num, outcome.num_examples, select_parts(outcome.tensors, shared))
         try:
-            check_update(method, state.server, update)
+            check_update(method, state.server, update, federation.sizes)
         except UpdateError as error:
             excluded[client_id] = error.reason
             del outcomes[client_id]
@@ -242,7 +245,8 @@ def _server_step(
     if not updates:
         reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
         raise RunError(f"round {round_num}: every client of the cohort failed ({reasons})")
-    server = aggregate(method, state.server, updates, weighting=federation.rounds.weighting)
+    weighting = federation.rounds.weighting
+    server = aggregate(method, state.server, updates, weighting=weighting, sizes=federation.sizes)
     if federation.rounds.server_optimizer is not None:
         server = apply_server_optimizer(federation.rounds.server_optimizer, state.server, server, shared)
     personal, optimizer = dict(state.personal), dict(state.optimizer)
@@ -262,11 +266,6 @@ def _evaluated_clients(federation: Federation, cohort: Sequence[str]) -> tuple[s
     if evaluated == "all":
         return tuple(sorted(federation.splits))
     return sample_evaluated(list(federation.splits), evaluated, seed=federation.seed)
-
-
-def _load_for_serving(federation: Federation, state: FederationState, client_id: str) -> None:
-    federation.resident.load(serving_adapter(federation, state, client_id))
-    federation.resident.scaling = federation.scaling
 
 
 def _evaluate(federation: Federation, data: EncodedData, indices: Sequence[int]) -> EvalResult:
@@ -290,19 +289,20 @@ def _gain(adapter: Tensors, scaling: float) -> float:
 
 
 def _traffic_record(
-    federation: Federation, state: FederationState, updates: Sequence[Update], cohort: Sequence[str]
+    federation: Federation, before: ServerState, updates: Sequence[Update], cohort: Sequence[str]
 ) -> dict[str, Any]:
+    """Weights and bytes of the round after `before`."""
     weights = client_weights({item.client_id: item.num_examples for item in updates}, federation.rounds.weighting)
     return {
         "effective_cohort_size": effective_clients(list(weights.values())),
-        "bytes_up": sum(_num_bytes(update.tensors) for update in updates),
-        "bytes_down": _bytes_down(federation, state, cohort),
+        "bytes_up": sum(num_bytes(update.tensors) for update in updates),
+        "bytes_down": _bytes_down(federation, before, cohort),
     }
 
 
-def _bytes_down(federation: Federation, state: FederationState, cohort: Sequence[str]) -> int:
+def _bytes_down(federation: Federation, before: ServerState, cohort: Sequence[str]) -> int:
     """Bytes of the round's broadcasts, one for each client of the cohort, whether it replied or not."""
-    round_num = state.server.round_num
+    method, sizes, round_num = federation.method, federation.sizes, before.round_num + 1
     current = cohort
     if round_num > 1:
         settings = federation.rounds
@@ -310,10 +310,11 @@ def _bytes_down(federation: Federation, state: FederationState, cohort: Sequence
         current = sample_cohort(everybody, settings.cohort_size, seed=federation.seed, round_num=round_num - 1)
     total = 0
     for client_id in cohort:
-        parts = federation.method.broadcast_parts(round_num, is_current=client_id in current)
-        total += _num_bytes(select_parts(state.server.shared, parts))
+        is_current, size = client_id in current, sizes.of(client_id)
+        total += num_bytes(broadcast_tensors(method, before, is_current=is_current, server=sizes.server, client=size))
     return total
 
 
-def _num_bytes(tensors: Tensors) -> int:
+def num_bytes(tensors: Tensors) -> int:
+    """Bytes of tensors as they are sent."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

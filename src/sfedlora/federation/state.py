@@ -6,22 +6,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sfedlora.data.encoded import EncodedData
 from sfedlora.data.partition import ClientSplit
 from sfedlora.federation.evaluate import EvalBatching
-from sfedlora.federation.initialize import Initialization, draw_a
+from sfedlora.federation.initialize import SHARED_OWNER, Initialization, draw_a
 from sfedlora.federation.objective import Task
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.schedule import Schedule
 from sfedlora.federation.server_optimizer import ServerOptimizer
+from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.inject import ResidentModel
-from sfedlora.methods import Method
+from sfedlora.methods import Method, client_factors
 from sfedlora.methods.base import Weighting
-from sfedlora.types import Part, ServerState, Tensors, select_parts
+from sfedlora.types import LoraSizes, Part, ServerState, Tensors, select_parts
 
-__all__ = ["Federation", "FederationState", "RoundSettings", "initial_state", "serving_adapter", "starting_adapter"]
+__all__ = [
+    "Federation",
+    "FederationState",
+    "RoundSettings",
+    "initial_state",
+    "load_serving",
+    "serving_adapter",
+    "starting_adapter",
+]
 
 POOLED_ID = "centralized"
 """Client id of the one participant of a method that pools the data."""
@@ -56,7 +66,7 @@ class Federation:
         external: further example sets evaluated beside the clients' splits, by `validation` and `test`.
         initial: the complete adapter before round 1: A as formed, B zero, head as drawn or loaded.
         init: how A was initialised.
-        scaling: gamma.
+        sizes: rank and gamma of the shared factors and of every client's.
         effective_clients: the count that N stands for in this run.
         task, pad_token_id, batching, rounds, seed: as named.
     """
@@ -70,7 +80,7 @@ class Federation:
     external: Mapping[str, EncodedData]
     initial: Tensors
     init: Initialization
-    scaling: float
+    sizes: LoraSizes
     effective_clients: float
     task: Task
     pad_token_id: int
@@ -105,15 +115,37 @@ def serving_adapter(federation: Federation, state: FederationState, client_id: s
     own = state.personal.get(client_id)
     if own is None and _keeps_own_a(federation):
         own = _own_draw(federation, client_id)
-    return {**federation.initial, **state.server.shared, **(own or {})}
+    common = {**federation.initial, **state.server.shared}
+    return {**_of_size(federation, common, client_id), **(own or {})}
 
 
 def starting_adapter(federation: Federation, state: FederationState, client_id: str) -> dict[str, Tensor]:
-    """The complete adapter a client starts the next round from: with `init: local`, round 1 starts from its own A."""
+    """The complete adapter a client starts the next round from.
+
+    That is what it serves, but with `init: local` round 1 starts from its own A, and a method that restarts begins
+    every later round with a new draw of A and B = 0.
+    """
     adapter = serving_adapter(federation, state, client_id)
-    if federation.init == "local" and state.server.round_num == 0:
-        adapter |= _own_draw(federation, client_id)
+    round_num = state.server.round_num + 1
+    if federation.init == "local" and round_num == 1:
+        return adapter | _own_draw(federation, client_id)
+    if federation.method.traits.restarts and round_num > 1:
+        size = federation.sizes.server
+        drawn = draw_a(
+            federation.resident.layout, size.rank, seed=federation.seed, owner=SHARED_OWNER, round_num=round_num
+        )
+        zeros = {name: torch.zeros_like(b) for name, b in select_parts(adapter, [Part.B]).items()}
+        return adapter | _of_size(federation, drawn, client_id) | zeros
     return adapter
+
+
+def load_serving(federation: Federation, state: FederationState, client_id: str) -> None:
+    """Make the resident model the one that a client serves now."""
+    federation.resident.serve(
+        serving_adapter(federation, state, client_id),
+        size=federation.sizes.of(client_id),
+        base_deltas=select_deltas(state.server.extra),
+    )
 
 
 def _keeps_own_a(federation: Federation) -> bool:
@@ -121,4 +153,13 @@ def _keeps_own_a(federation: Federation) -> bool:
 
 
 def _own_draw(federation: Federation, client_id: str) -> dict[str, Tensor]:
-    return draw_a(federation.resident.layout, federation.resident.rank, seed=federation.seed, owner=client_id)
+    """A client's own A: the first rows of its draw at the server's rank."""
+    rank = federation.sizes.server.rank
+    drawn = draw_a(federation.resident.layout, rank, seed=federation.seed, owner=client_id)
+    return _of_size(federation, drawn, client_id)
+
+
+def _of_size(federation: Federation, tensors: Tensors, client_id: str) -> dict[str, Tensor]:
+    """Factors of the server's rank at a client's."""
+    sizes = federation.sizes
+    return dict(client_factors(federation.method, tensors, server=sizes.server, client=sizes.of(client_id)))

@@ -2,8 +2,9 @@
 
     h = base(x) + scaling * (x A^T) B^T         A: (rank, in_features), B: (out_features, rank)
 
-`LoraLinear` holds the frozen module (`nn.Linear`, transformers' `Conv1D`, 8- and 4-bit linears) and calls it; it never
-looks at its weight. It carries one client's pair, or a stack of C pairs that serve a batch made of C equal groups.
+`LoraLinear` holds the frozen module (`nn.Linear`, transformers' `Conv1D`, 8- and 4-bit linears) and calls it; it looks
+at its weight only to merge a base delta that has become a whole matrix, and only where that weight is float32. It
+carries one client's pair, or a stack of C pairs that serve a batch made of C equal groups.
 
 Not here: which modules are wrapped and where A and B live in memory (`inject`), gamma (`scaling`).
 """
@@ -20,6 +21,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from sfedlora.errors import AdapterError, ModelError
+from sfedlora.lora.base_delta import BaseDelta
 from sfedlora.seeds import torch_generator
 
 __all__ = ["DropoutState", "LoraLinear", "SeededDropout", "linear_features", "seeded_dropout"]
@@ -94,7 +96,34 @@ class LoraLinear(nn.Module):
         self.dropout = dropout
         self.dropout_state = DropoutState() if dropout_state is None else dropout_state
         self.path = path
+        self._delta: BaseDelta | None = None
+        self._merged_weight: Tensor | None = None
         self.set_factors(a, b)
+
+    def set_delta(self, delta: BaseDelta | None) -> None:
+        """Correct the frozen weight by a base delta, or by none; the base module itself is not changed.
+
+        Factors are applied beside the base, and so is a whole matrix, except where the base weight is float32: there
+        the sum of both, computed once, takes the base's place.
+
+        Args:
+            delta: on the device of the module, not copied.
+
+        Raises:
+            AdapterError: the delta does not fit the module.
+        """
+        self._delta, self._merged_weight = delta, None
+        if delta is None:
+            return
+        in_features = delta.left.shape[1] if delta.right is None else delta.right.shape[1]
+        if (delta.left.shape[0], in_features) != (self.out_features, self.in_features):
+            raise AdapterError(
+                f"{self.path}: a base delta ({delta.left.shape[0]}, {in_features}); expected "
+                f"({self.out_features}, {self.in_features})"
+            )
+        if delta.right is None and self.weight.dtype == torch.float32 and type(self.base) in {nn.Linear, Conv1D}:
+            weight = self.weight.T if isinstance(self.base, Conv1D) else self.weight
+            self._merged_weight = weight.detach() + delta.left
 
     def set_factors(self, a: Tensor, b: Tensor) -> None:
         """Use other tensors for A and B, not copied: another rank, another number of stacked clients.
@@ -141,15 +170,26 @@ class LoraLinear(nn.Module):
         Returns:
             (batch, ..., out_features) in the dtype of the base output.
         """
-        result: Tensor = self.base(x)
+        if self._merged_weight is not None:
+            result = functional.linear(x, self._merged_weight, self.bias)
+        else:
+            result = self.base(x)
+        dtype = result.dtype
         x = x.to(self.a.dtype)
+        if self._delta is not None and self._merged_weight is None:
+            result = result + self._base_correction(x, self._delta)
         if self.dropout > 0 and self.dropout_state.seeds is not None:
             x = seeded_dropout(x, self.dropout, self.dropout_state.seeds, self.path)
         if self.a.ndim == 2:
             delta = functional.linear(functional.linear(x, self.a), self.b) * self.scaling
         else:
             delta = self._stacked_delta(x)
-        return (result + delta).to(result.dtype)
+        return (result + delta).to(dtype)
+
+    def _base_correction(self, x: Tensor, delta: BaseDelta) -> Tensor:
+        if delta.right is None:
+            return functional.linear(x, delta.left)
+        return functional.linear(functional.linear(x, delta.right), delta.left)
 
     def _stacked_delta(self, x: Tensor) -> Tensor:
         num_clients = self.a.shape[0]

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sfedlora.errors import AdapterError, ConfigError, ModelError
+from sfedlora.lora.base_delta import BaseDelta, total_deltas
 from sfedlora.lora.layer import DropoutState, LoraLinear
-from sfedlora.types import AdapterLayout, Part, Target, Tensors, part_of, path_of
+from sfedlora.types import AdapterLayout, LoraSize, Part, Target, Tensors, part_of, path_of
 
 __all__ = ["ResidentModel", "owner_of", "warn_about_rank"]
 
@@ -60,6 +61,7 @@ class ResidentModel:
         self._parameters: dict[str, nn.Parameter] = {}
         self._trained = frozenset(Part)
         self._scaling = 1.0
+        self._base_deltas: Tensors = {}
         self._allocate_factors()
         self._allocate_head()
 
@@ -127,6 +129,40 @@ class ResidentModel:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self._parameters[name].copy_(tensor)
+
+    def serve(self, tensors: Tensors, *, size: LoraSize, base_deltas: Tensors) -> None:
+        """Become the model of one client: its rank, gamma and factors on the frozen weights with their corrections.
+
+        Raises:
+            AdapterError: as `load` and `set_base_deltas`.
+        """
+        self.resize(size.rank)
+        self.set_base_deltas(base_deltas)
+        self.load(tensors)
+        self.scaling = size.scaling
+
+    def set_base_deltas(self, tensors: Tensors) -> None:
+        """Correct the frozen weights by base deltas; an empty mapping takes all corrections back.
+
+        Nothing is computed if these very tensors are in use already.
+
+        Args:
+            tensors: delta tensors by their names in `ServerState.extra` (`base_delta`), not copied.
+
+        Raises:
+            AdapterError: a delta of a module that is not adapted, or of another shape.
+        """
+        if tensors.keys() == self._base_deltas.keys() and all(
+            self._base_deltas[name] is tensors[name] for name in tensors
+        ):
+            return
+        deltas = {path: _moved(delta, self.device) for path, delta in total_deltas(tensors).items()}
+        unknown = sorted(deltas.keys() - self._layers.keys())
+        if unknown:
+            raise AdapterError(f"{unknown[0]}: a base delta of a module that is not adapted")
+        for path, layer in self._layers.items():
+            layer.set_delta(deltas.get(path))
+        self._base_deltas = dict(tensors)
 
     def read(self, parts: Iterable[Part] = tuple(Part)) -> dict[str, Tensor]:
         """Detached float32 copies on the CPU, named and ordered as `layout.shapes(rank, parts)`.
@@ -218,6 +254,12 @@ def warn_about_rank(rank: int, targets: Sequence[Target]) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _moved(delta: BaseDelta, device: torch.device) -> BaseDelta:
+    """A base delta in float32 on a device."""
+    right = None if delta.right is None else delta.right.to(device, torch.float32)
+    return BaseDelta(delta.left.to(device, torch.float32), right)
 
 
 def _flat_buffer(shapes: dict[str, tuple[int, ...]], device: torch.device) -> Tensor:

@@ -1,21 +1,20 @@
-"""What a federated method is, and the one way in to its server step.
+"""What a federated method is, and the means that several of them take.
 
-A method is a frozen dataclass with pure functions. `aggregate` checks the updates, puts them into client-id order
-and gives the method their weights, so no method can depend on arrival order or see a malformed update.
+A method is a frozen dataclass with pure functions. Its server step is called by `aggregation.aggregate` alone, with
+updates that were checked and put into client-id order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from sfedlora.errors import UpdateError
 from sfedlora.lora.algebra import weighted_mean
-from sfedlora.types import Part, ServerState, Tensors, Update, part_of, select_parts
+from sfedlora.types import LoraSize, Part, ServerState, Tensors, factor_name, part_of, path_of, select_parts
 
 __all__ = [
     "ALL_PARTS",
@@ -23,12 +22,14 @@ __all__ = [
     "Exactness",
     "HeadPlacement",
     "Method",
+    "Traits",
     "Weighting",
-    "aggregate",
-    "check_update",
-    "client_weights",
     "mean_of_parts",
+    "mean_of_rows",
     "mean_of_shared",
+    "module_factors",
+    "padded",
+    "rank_of",
 ]
 
 Exactness = Literal["model", "factor", "truncated", "no"]
@@ -43,13 +44,45 @@ class Contribution:
 
     Attributes:
         client_id: the client.
-        tensors: the factors it sent.
+        tensors: the factors it sent, of its own rank.
         weight: p_k; the weights of a step add up to 1.
+        scaling: s_k, the gamma that it trained with.
     """
 
     client_id: str
     tensors: Tensors
     weight: float
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method is, apart from its arithmetic. The defaults describe a plain average of factors.
+
+    Attributes:
+        exact: what the server step reproduces of Ideal = sum_k p_k s_k B_k A_k: `model` (all of it), `factor` (the mean
+            of one factor), `truncated` (its best approximation at the rank), or `no`.
+        is_mean: whether the server step is a weighted mean of each sent factor and nothing else, so that noise on that
+            mean, secure aggregation and robust means take its place without another change.
+        averages_a: whether the initial A is the average over the clients' draws, so that N_eff enters `sfed`.
+        heterogeneous_ranks: whether clients may have ranks of their own.
+        keeps_products: whether B is rescaled for a client of another gamma, so that its product s_k B A stays the
+            server's (cut to its rank).
+        caps_rank: whether ranks above min(in_features, out_features) of a module are refused.
+        server_optimizers: whether a server optimizer may step along the change of the factors.
+        restarts: whether every client begins every round with a new draw of A and B = 0.
+        pools_data: whether one participant trains on all clients' data.
+    """
+
+    exact: Exactness
+    is_mean: bool = True
+    averages_a: bool = True
+    heterogeneous_ranks: bool = False
+    keeps_products: bool = False
+    caps_rank: bool = False
+    server_optimizers: bool = True
+    restarts: bool = False
+    pools_data: bool = False
 
 
 class Method(Protocol):
@@ -57,16 +90,11 @@ class Method(Protocol):
 
     Attributes:
         name: its name in the configuration.
-        exact: what the server step reproduces of Ideal = sum_k p_k s_k B_k A_k: `model` (all of it), `factor` (the mean
-            of one factor), `truncated` (its best approximation at the rank), or `no`.
-        averages_a: whether the initial A is the average over the clients' draws, so that N_eff enters `sfed`.
-        pools_data: one participant trains on all clients' data.
+        traits: what the rest of the library needs to know of it.
     """
 
     name: ClassVar[str]
-    exact: ClassVar[Exactness]
-    averages_a: ClassVar[bool]
-    pools_data: ClassVar[bool]
+    traits: ClassVar[Traits]
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """The parts that clients train in this round."""
@@ -89,42 +117,39 @@ class Method(Protocol):
         """The parts that never leave a client and are kept there from round to round."""
         ...
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """The state after the round, from contributions in client-id order. `round_num` is set by `aggregate`."""
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
+        """The state after the round; `round_num` is set by `aggregate`.
+
+        Args:
+            state: the state before the round; not to be changed.
+            contributions: what the cohort sent, in client-id order; not to be changed.
+            size: rank and gamma of the shared factors.
+        """
         ...
 
 
-def client_weights(num_examples: Mapping[str, int], weighting: Weighting) -> dict[str, float]:
-    """The weight p_k of every client, in client-id order, adding up to 1."""
-    counts = {client_id: float(num_examples[client_id]) for client_id in sorted(num_examples)}
-    if weighting == "uniform":
-        counts = dict.fromkeys(counts, 1.0)
-    total = sum(counts.values())
-    return {client_id: count / total for client_id, count in counts.items()}
+def padded(name: str, tensor: Tensor, rank: int) -> Tensor:
+    """A factor with rows (A) or columns (B) of zeros after its own, up to a rank; any other tensor as it is."""
+    if part_of(name) is Part.HEAD:
+        return tensor
+    axis = 0 if part_of(name) is Part.A else 1
+    missing = rank - tensor.shape[axis]
+    if missing == 0:
+        return tensor
+    shape = (missing, tensor.shape[1]) if axis == 0 else (tensor.shape[0], missing)
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
 
 
-def aggregate(method: Method, state: ServerState, updates: Sequence[Update], *, weighting: Weighting) -> ServerState:
-    """One server step.
+def rank_of(tensors: Tensors) -> int:
+    """The rank of an adapter's factors."""
+    return next(tensor.shape[0] for name, tensor in tensors.items() if part_of(name) is Part.A)
 
-    Args:
-        method: the method.
-        state: the state before the round; not changed.
-        updates: the replies of the round, in any order; not changed.
-        weighting: by training examples, or uniform.
 
-    Returns:
-        The state after the round, its `round_num` one higher.
-
-    Raises:
-        UpdateError: no update, two from one client, one of another round, one without examples, or one with a missing,
-            extra or non-finite tensor or one of another shape or dtype. The message names the client and the tensor.
-    """
-    round_num = state.round_num + 1
-    _check_all(method, state, updates)
-    by_id = {update.client_id: update for update in updates}
-    weights = client_weights({client_id: update.num_examples for client_id, update in by_id.items()}, weighting)
-    contributions = [Contribution(client_id, by_id[client_id].tensors, weight) for client_id, weight in weights.items()]
-    return replace(method.server_step(state, contributions), round_num=round_num)
+def module_factors(tensors: Tensors) -> Iterator[tuple[str, str]]:
+    """The names of A and B of every module that has an A, in order."""
+    for name in tensors:
+        if part_of(name) is Part.A:
+            yield name, factor_name(Part.B, path_of(name))
 
 
 def mean_of_shared(state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
@@ -136,50 +161,34 @@ def mean_of_shared(state: ServerState, contributions: Sequence[Contribution]) ->
     return replace(state, shared={name: mean.get(name, tensor) for name, tensor in state.shared.items()})
 
 
+def mean_of_rows(state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    """`mean_of_shared`, where a row of A is averaged over the clients whose rank reaches it.
+
+    A_j = sum_{k: r_k > j} p_k A_kj / sum_{k: r_k > j} p_k     A row that no client sent stays as it was.
+    """
+    ranks = {item.client_id: rank_of(item.tensors) for item in contributions}
+    if len({*ranks.values(), rank_of(state.shared)}) == 1:
+        return mean_of_shared(state, contributions)
+    head = mean_of_parts(contributions, [Part.HEAD])
+    shared = {name: head.get(name, tensor) for name, tensor in state.shared.items()}
+    start = 0
+    for end in sorted({*ranks.values()}):
+        senders = [item for item in contributions if ranks[item.client_id] >= end]
+        band = weighted_mean(
+            (item.weight, {n: t[start:end] for n, t in select_parts(item.tensors, [Part.A]).items()})
+            for item in senders
+        )
+        for name, rows in band.items():
+            shared[name] = torch.cat([shared[name][:start], rows, shared[name][end:]])
+        start = end
+    return replace(state, shared=shared)
+
+
+def _rows(tensors: Tensors, start: int, end: int) -> dict[str, Tensor]:
+    return {name: tensor[start:end] for name, tensor in select_parts(tensors, [Part.A]).items()}
+
+
 def mean_of_parts(contributions: Sequence[Contribution], parts: Iterable[Part]) -> dict[str, Tensor]:
     """X = sum_k p_k X_k of the factors that were sent, for X in some parts."""
     chosen = frozenset(parts)
     return weighted_mean((item.weight, select_parts(item.tensors, chosen)) for item in contributions)
-
-
-def _check_all(method: Method, state: ServerState, updates: Sequence[Update]) -> None:
-    round_num = state.round_num + 1
-    if not updates:
-        raise UpdateError(f"round {round_num} has no update to aggregate", client_id="(none)")
-    seen: set[str] = set()
-    for update in updates:
-        if update.client_id in seen:
-            raise UpdateError(f"sent a second update for round {round_num}; expected one", client_id=update.client_id)
-        seen.add(update.client_id)
-        check_update(method, state, update)
-
-
-def check_update(method: Method, state: ServerState, update: Update) -> None:
-    """Check one update against what this round shares.
-
-    Raises:
-        UpdateError: another round, no examples, a missing, extra or non-finite tensor, or another shape or dtype.
-    """
-    round_num = state.round_num + 1
-    expected = select_parts(state.shared, method.shared_parts(round_num))
-    client_id = update.client_id
-    if update.round_num != round_num:
-        raise UpdateError(f"is for round {update.round_num}; the open round is {round_num}", client_id=client_id)
-    if update.num_examples < 1:
-        raise UpdateError(f"states {update.num_examples} training examples; expected at least 1", client_id=client_id)
-    for name in expected:
-        if name not in update.tensors:
-            raise UpdateError("is missing", client_id=client_id, tensor=name)
-    for name, tensor in update.tensors.items():
-        if name not in expected:
-            parts = ", ".join(sorted({part_of(known).value for known in expected})) or "no"
-            message = f"was not asked for; this round shares {parts} factors"
-            raise UpdateError(message, client_id=client_id, tensor=name)
-        if tensor.shape != expected[name].shape:
-            message = f"has shape {tuple(tensor.shape)}; expected {tuple(expected[name].shape)}"
-            raise UpdateError(message, client_id=client_id, tensor=name)
-        if tensor.dtype != expected[name].dtype:
-            message = f"has dtype {tensor.dtype}; expected {expected[name].dtype}"
-            raise UpdateError(message, client_id=client_id, tensor=name)
-        if not bool(torch.isfinite(tensor).all()):
-            raise UpdateError("holds NaN or infinite values", client_id=client_id, tensor=name)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement, mean_of_shared
-from sfedlora.types import Part, ServerState
+from sfedlora.methods.base import ALL_PARTS, Contribution, HeadPlacement, Traits, mean_of_shared
+from sfedlora.types import LoraSize, Part, ServerState
 
 __all__ = ["Centralized"]
 
@@ -22,9 +22,7 @@ class Centralized:
 
     head: HeadPlacement = "shared"
     name: ClassVar[str] = "centralized"
-    exact: ClassVar[Exactness] = "model"
-    averages_a: ClassVar[bool] = False
-    pools_data: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(exact="model", averages_a=False, pools_data=True)
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """A, B and the head, in every round."""
@@ -45,6 +43,7 @@ class Centralized:
         """Nothing."""
         return frozenset()
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
         """The one participant's factors."""
+        del size
         return mean_of_shared(state, contributions)

@@ -30,8 +30,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement, mean_of_shared
-from sfedlora.types import Part, ServerState, factor_name, part_of, path_of
+from sfedlora.methods.base import ALL_PARTS, Contribution, HeadPlacement, Traits, mean_of_shared, module_factors
+from sfedlora.types import LoraSize, Part, ServerState
 
 __all__ = ["LoRAFAIR"]
 
@@ -48,9 +48,7 @@ class LoRAFAIR:
     head: HeadPlacement = "shared"
     ridge: float = 0.01
     name: ClassVar[str] = "fair"
-    exact: ClassVar[Exactness] = "no"
-    averages_a: ClassVar[bool] = True
-    pools_data: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(exact="no", is_mean=False)
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """A, B and the head, in every round."""
@@ -71,15 +69,14 @@ class LoRAFAIR:
         """Nothing, or the head where it is personal."""
         return frozenset({Part.HEAD}) if self.head == "personal" else frozenset()
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
         """A = sum_k p_k A_k, B = sum_k p_k B_k + dB."""
+        del size
         after = mean_of_shared(state, contributions)
         shared = dict(after.shared)
-        for name in shared:
-            if part_of(name) is Part.A:
-                other = factor_name(Part.B, path_of(name))
-                correction = _correction(contributions, after, name, other, ridge=self.ridge)
-                shared[other] = (shared[other].double() + correction).to(shared[other].dtype)
+        for name, other in module_factors(after.shared):
+            correction = _correction(contributions, after, name, other, ridge=self.ridge)
+            shared[other] = (shared[other].double() + correction).to(shared[other].dtype)
         return replace(after, shared=shared)
 
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement, mean_of_shared
-from sfedlora.types import Part, ServerState
+from sfedlora.methods.base import ALL_PARTS, Contribution, HeadPlacement, Traits, mean_of_shared
+from sfedlora.types import LoraSize, Part, ServerState
 
 __all__ = ["FedIT"]
 
@@ -26,9 +26,7 @@ class FedIT:
 
     head: HeadPlacement = "shared"
     name: ClassVar[str] = "fedit"
-    exact: ClassVar[Exactness] = "no"
-    averages_a: ClassVar[bool] = True
-    pools_data: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(exact="no")
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """A, B and the head, in every round."""
@@ -49,6 +47,7 @@ class FedIT:
         """Nothing, or the head where it is personal."""
         return frozenset({Part.HEAD}) if self.head == "personal" else frozenset()
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
         """A = sum_k p_k A_k, B = sum_k p_k B_k."""
+        del size
         return mean_of_shared(state, contributions)

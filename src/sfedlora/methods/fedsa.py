@@ -9,6 +9,9 @@ method with the `sfed` scaling.
 
 A is the factors `a:*`, B_k the factors `b:*` of client k, p_k `Contribution.weight`. Client k serves W0 + s B_k A.
 The mean of one factor is exact; each client's own model still moves from B_k A_k to B_k A.
+
+Ranks may differ (not in the paper): client k trains the first r_k rows of A, and every row is averaged over the clients
+that sent it, with their weights scaled to add up to 1. A row that nobody sent stays.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement, mean_of_shared
-from sfedlora.types import Part, ServerState
+from sfedlora.methods.base import ALL_PARTS, Contribution, HeadPlacement, Traits, mean_of_rows
+from sfedlora.types import LoraSize, Part, ServerState
 
 __all__ = ["FedSA"]
 
@@ -29,9 +32,7 @@ class FedSA:
 
     head: HeadPlacement = "personal"
     name: ClassVar[str] = "fedsa"
-    exact: ClassVar[Exactness] = "factor"
-    averages_a: ClassVar[bool] = True
-    pools_data: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(exact="factor", heterogeneous_ranks=True)
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """A, B and the head, in every round."""
@@ -52,6 +53,7 @@ class FedSA:
         """B, and the head where it is personal."""
         return frozenset({Part.B, Part.HEAD}) if self.head == "personal" else frozenset({Part.B})
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """A = sum_k p_k A_k."""
-        return mean_of_shared(state, contributions)
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
+        """A = sum_k p_k A_k, row by row."""
+        del size
+        return mean_of_rows(state, contributions)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sfedlora.methods.base import Contribution, Exactness, HeadPlacement, mean_of_shared
-from sfedlora.types import Part, ServerState
+from sfedlora.methods.base import Contribution, HeadPlacement, Traits, mean_of_shared
+from sfedlora.types import LoraSize, Part, ServerState
 
 __all__ = ["FFA"]
 
@@ -27,9 +27,7 @@ class FFA:
 
     head: HeadPlacement = "shared"
     name: ClassVar[str] = "ffa"
-    exact: ClassVar[Exactness] = "model"
-    averages_a: ClassVar[bool] = True
-    pools_data: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(exact="model")
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """B and the head, in every round."""
@@ -49,6 +47,7 @@ class FFA:
         """Nothing, or the head where it is personal."""
         return frozenset({Part.HEAD}) if self.head == "personal" else frozenset()
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
         """B = sum_k p_k B_k."""
+        del size
         return mean_of_shared(state, contributions)

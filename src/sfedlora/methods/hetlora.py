@@ -3,15 +3,19 @@
 Yae Jee Cho, Luyang Liu, Zheng Xu, Aldi Fahrezi, Gauri Joshi. *Heterogeneous LoRA for Federated Fine-tuning of On-Device
 Foundation Models.* arXiv:2401.06432.
 
-    client   (A_k, B_k) <- K local steps from (A, B)
-    server   w_k = ||B_k A_k||_F / sum_j ||B_j A_j||_F,  A = sum_k w_k A_k,  B = sum_k w_k B_k
+    client   (A_k, B_k) <- K local steps from the first r_k rows of A and columns of B
+    server   w_k = ||B_k A_k||_F / sum_j ||B_j A_j||_F,  A = sum_k w_k pad(A_k),  B = sum_k w_k pad(B_k)
+
+pad adds zeros up to the largest rank of the federation.
 
 A is the factors `a:*`, B the factors `b:*`. The weights w_k are taken per target module and replace p_k
 (`Contribution.weight`), so `rounds.weighting` reaches only the head, and modules in which every product is zero
 (all B still zero), which fall back to p_k. Inexact: B A is not the mean of the products.
 
-Deviations and limits: one rank for all clients here, so the paper's zero padding, truncation and self-pruning of ranks
-have nothing to do.
+With ranks of their own, clients that did not change still change the result: what a small client does not hold counts
+as zero in the mean.
+
+Deviation: the paper's optional self-pruning of a client's rank during training is left out.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ from torch import Tensor
 
 from sfedlora.lora.algebra import weighted_mean
 from sfedlora.lora.low_rank import product_norm
-from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement, mean_of_parts
-from sfedlora.types import Part, ServerState, factor_name, part_of, path_of
+from sfedlora.methods.base import ALL_PARTS, Contribution, HeadPlacement, Traits, mean_of_parts, module_factors, padded
+from sfedlora.types import LoraSize, Part, ServerState
 
 __all__ = ["HetLoRA"]
 
@@ -36,9 +40,7 @@ class HetLoRA:
 
     head: HeadPlacement = "shared"
     name: ClassVar[str] = "hetlora"
-    exact: ClassVar[Exactness] = "no"
-    averages_a: ClassVar[bool] = True
-    pools_data: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(exact="no", is_mean=False, heterogeneous_ranks=True)
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """A, B and the head, in every round."""
@@ -59,21 +61,20 @@ class HetLoRA:
         """Nothing, or the head where it is personal."""
         return frozenset({Part.HEAD}) if self.head == "personal" else frozenset()
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """A = sum_k w_k A_k, B = sum_k w_k B_k, module by module; the head by p_k."""
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
+        """A = sum_k w_k pad(A_k), B = sum_k w_k pad(B_k), module by module; the head by p_k."""
         shared = {**state.shared, **mean_of_parts(contributions, [Part.HEAD])}
-        for name in state.shared:
-            if part_of(name) is Part.A:
-                shared |= _module_mean(contributions, name, factor_name(Part.B, path_of(name)))
+        for name_a, name_b in module_factors(state.shared):
+            shared |= _module_mean(contributions, name_a, name_b, rank=size.rank)
         return replace(state, shared=shared)
 
 
-def _module_mean(contributions: Sequence[Contribution], name_a: str, name_b: str) -> dict[str, Tensor]:
+def _module_mean(contributions: Sequence[Contribution], name_a: str, name_b: str, *, rank: int) -> dict[str, Tensor]:
     """A and B of one module, weighted by ||B_k A_k||_F; by p_k where all products are zero."""
     norms = [product_norm(item.tensors[name_b], item.tensors[name_a]) for item in contributions]
     total = sum(norms)
     weights = [norm / total for norm in norms] if total > 0 else [item.weight for item in contributions]
     return weighted_mean(
-        (weight, {name: item.tensors[name] for name in (name_a, name_b)})
+        (weight, {name: padded(name, item.tensors[name], rank) for name in (name_a, name_b)})
         for weight, item in zip(weights, contributions, strict=True)
     )

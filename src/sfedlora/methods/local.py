@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement
-from sfedlora.types import Part, ServerState
+from sfedlora.methods.base import ALL_PARTS, Contribution, HeadPlacement, Traits
+from sfedlora.types import LoraSize, Part, ServerState
 
 __all__ = ["Local"]
 
@@ -21,9 +21,7 @@ class Local:
 
     head: HeadPlacement = "personal"
     name: ClassVar[str] = "local"
-    exact: ClassVar[Exactness] = "no"
-    averages_a: ClassVar[bool] = False
-    pools_data: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(exact="no", is_mean=False, averages_a=False, heterogeneous_ranks=True)
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """A, B and the head, in every round."""
@@ -44,7 +42,7 @@ class Local:
         """A, B and the head."""
         return ALL_PARTS
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
         """Nothing to do."""
-        del contributions
+        del contributions, size
         return state

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sfedlora.methods.base import ALL_PARTS, Contribution, Exactness, HeadPlacement, mean_of_shared
-from sfedlora.types import Part, ServerState
+from sfedlora.methods.base import ALL_PARTS, Contribution, HeadPlacement, Traits, mean_of_shared
+from sfedlora.types import LoraSize, Part, ServerState
 
 __all__ = ["RoLoRA"]
 
@@ -31,9 +31,7 @@ class RoLoRA:
 
     head: HeadPlacement = "shared"
     name: ClassVar[str] = "rolora"
-    exact: ClassVar[Exactness] = "model"
-    averages_a: ClassVar[bool] = True
-    pools_data: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(exact="model")
 
     def trained_parts(self, round_num: int) -> frozenset[Part]:
         """B in odd rounds, A in even ones, and the head."""
@@ -53,6 +51,7 @@ class RoLoRA:
         """Nothing, or the head where it is personal."""
         return frozenset({Part.HEAD}) if self.head == "personal" else frozenset()
 
-    def server_step(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
+    def server_step(self, state: ServerState, contributions: Sequence[Contribution], size: LoraSize) -> ServerState:
         """The mean of the factor that was trained."""
+        del size
         return mean_of_shared(state, contributions)

@@ -23,16 +23,23 @@ from sfedlora.federation.server_optimizer import ServerOptimizer
 from sfedlora.federation.state import POOLED_ID, Federation, RoundSettings
 from sfedlora.lora.base_model import BaseModel, load_base_model
 from sfedlora.lora.inject import ResidentModel, adapt
-from sfedlora.lora.scaling import scaling_factor
-from sfedlora.methods import FlexLoRA, Method, make_method
-from sfedlora.methods.flexlora import require_rank
+from sfedlora.methods import Method, make_method
 from sfedlora.seeds import derive_seed
-from sfedlora.setup.adapter import chosen_init, draw_initial_a, initial_adapter, scaling_clients
+from sfedlora.setup.adapter import (
+    chosen_init,
+    client_ranks,
+    draw_initial_a,
+    initial_adapter,
+    lora_sizes,
+    require_ranks,
+    scaling_clients,
+)
 from sfedlora.setup.dataset import deal_examples, find_label_names, load_external, partition_record
 from sfedlora.setup.dataset import encode_examples as encode_examples
 from sfedlora.setup.dataset import load_source as load_source
 from sfedlora.setup.environment import environment_record
 from sfedlora.setup.resolve import resolve, resolve_device
+from sfedlora.types import LoraSizes
 
 __all__ = ["Prepared", "encode_examples", "load_source", "prepare"]
 
@@ -83,23 +90,25 @@ def prepare(config: RunConfig) -> Prepared:
     )
     data = encode_examples(config, examples, base, label_names)
     splits = deal_examples(config, examples, data)
+    ranks = client_ranks(config, list(splits))
     resident = adapt(
         base.model,
         target_modules=config.lora.target_modules,
-        rank=config.lora.rank,
+        rank=max(ranks.values()),
         dropout=config.lora.dropout,
         head_modules=base.new_modules,
     )
-    if isinstance(method, FlexLoRA):
-        require_rank(resident.layout, config.lora.rank)
+    if method.traits.caps_rank:
+        require_ranks(resident.layout, resident.rank, config.method.name)
     if config.model.gradient_checkpointing:
         resident.enable_gradient_checkpointing()
     resolved = resolve(config, base, method, device, len(splits))
     initial = draw_initial_a(resolved, method, splits, resident)
     num_scaling_clients = scaling_clients(resolved, initial, len(splits))
+    sizes = lora_sizes(resolved, ranks, num_scaling_clients)
     external = load_external(resolved)
     encoded = {split: encode_examples(resolved, rows, base, label_names) for split, rows in external.items()}
-    federation = _federation(resolved, method, data, splits, resident, base, initial, num_scaling_clients, encoded)
+    federation = _federation(resolved, method, data, splits, resident, base, initial, sizes, encoded)
     return Prepared(
         resolved,
         federation,
@@ -107,7 +116,7 @@ def prepare(config: RunConfig) -> Prepared:
         label_names,
         num_scaling_clients,
         partition_record(examples, splits),
-        environment_record(resolved, base, initial, num_scaling_clients, federation.scaling)
+        environment_record(resolved, base, initial, num_scaling_clients, sizes)
         | {"external_sha256": {split: rows.sha256 for split, rows in external.items()}},
     )
 
@@ -120,13 +129,13 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
     resident: ResidentModel,
     base: BaseModel,
     initial: InitialA,
-    num_scaling_clients: float,
+    sizes: LoraSizes,
     external: Mapping[str, EncodedData],
 ) -> Federation:
     local, rounds = config.local, config.rounds
     participants: dict[str, Sequence[int]] = {client_id: split.train for client_id, split in splits.items()}
     local_steps = local.local_steps
-    if method.pools_data:
+    if method.traits.pools_data:
         cohort_size = rounds.cohort_size or len(splits)
         participants = {POOLED_ID: sorted(index for indices in participants.values() for index in indices)}
         local_steps = None if local_steps is None else local_steps * cohort_size
@@ -155,16 +164,14 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
         external=external,
         initial=initial_adapter(resident, initial),
         init=chosen_init(config),
-        scaling=scaling_factor(
-            config.lora.scaling, alpha=config.lora.alpha, rank=config.lora.rank, num_clients=num_scaling_clients
-        ),
+        sizes=sizes,
         effective_clients=initial.effective_clients,
         task=config.model.task,
         pad_token_id=pad_token_id,
         batching=EvalBatching(config.evaluation.batch_size, config.evaluation.max_batch_tokens),
         rounds=RoundSettings(
             num_rounds=rounds.num_rounds,
-            cohort_size=None if method.pools_data else rounds.cohort_size,
+            cohort_size=None if method.traits.pools_data else rounds.cohort_size,
             weighting=rounds.weighting,
             learning_rate=local.learning_rate,
             schedule=local.schedule,

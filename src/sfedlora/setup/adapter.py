@@ -14,12 +14,71 @@ from sfedlora.errors import ConfigError
 from sfedlora.federation.initialize import MAX_DRAWN_CLIENTS, InitialA, Initialization, form_initial_a
 from sfedlora.federation.sampling import sample_cohort
 from sfedlora.lora.inject import ResidentModel
+from sfedlora.lora.scaling import scaling_factor
 from sfedlora.methods import Method, client_weights
-from sfedlora.types import Part, select_parts
+from sfedlora.seeds import numpy_generator
+from sfedlora.types import AdapterLayout, LoraSize, LoraSizes, Part, select_parts
 
-__all__ = ["chosen_init", "draw_initial_a", "initial_adapter", "scaling_clients"]
+__all__ = [
+    "chosen_init",
+    "client_ranks",
+    "draw_initial_a",
+    "initial_adapter",
+    "lora_sizes",
+    "require_ranks",
+    "scaling_clients",
+]
 
 TOLERATED_COUNT_ERROR = 0.2
+
+
+def client_ranks(config: RunConfig, client_ids: Sequence[str]) -> dict[str, int]:
+    """The rank of every client.
+
+    Raises:
+        ConfigError: a list of another length than there are clients.
+    """
+    rank = config.lora.rank
+    if isinstance(rank, int):
+        return dict.fromkeys(client_ids, rank)
+    if config.lora.rank_assignment == "drawn":
+        return {
+            client_id: rank[int(numpy_generator(config.seed, "rank", client_id).integers(len(rank)))]
+            for client_id in client_ids
+        }
+    if len(rank) != len(client_ids):
+        raise ConfigError(
+            f"lora.rank: {len(rank)} ranks for {len(client_ids)} clients; give one for each, in the order "
+            f"{', '.join(list(client_ids)[:8])}{', ...' if len(client_ids) > 8 else ''}, or lora.rank_assignment: drawn"
+        )
+    return dict(zip(client_ids, rank, strict=True))
+
+
+def lora_sizes(config: RunConfig, ranks: Mapping[str, int], num_scaling_clients: float) -> LoraSizes:
+    """Rank and gamma of the shared factors, which have the largest rank, and of every client's where ranks differ."""
+
+    def size(rank: int) -> LoraSize:
+        rule, alpha = config.lora.scaling, config.lora.alpha
+        return LoraSize(rank, scaling_factor(rule, alpha=alpha, rank=rank, num_clients=num_scaling_clients))
+
+    different = len(set(ranks.values())) > 1
+    clients = {client_id: size(rank) for client_id, rank in ranks.items()} if different else {}
+    return LoraSizes(size(max(ranks.values())), clients)
+
+
+def require_ranks(layout: AdapterLayout, rank: int, method: str) -> None:
+    """Refuse a rank that a module's delta weight cannot have.
+
+    Raises:
+        ConfigError: the rank is above min(in_features, out_features) of a module.
+    """
+    for target in layout.targets:
+        limit = min(target.in_features, target.out_features)
+        if rank > limit:
+            raise ConfigError(
+                f"lora.rank: {rank} is above min(in_features, out_features) = {limit} of {target.path}, and method "
+                f"{method!r} cuts an SVD to the rank; use at most {limit}, or other target modules"
+            )
 
 
 def draw_initial_a(
@@ -27,8 +86,8 @@ def draw_initial_a(
 ) -> InitialA:
     """A before round 1. Methods that average nothing at the start get one draw (and `local` clients their own)."""
     weights = _averaging_weights(config, splits)
-    init: Initialization = chosen_init(config) if method.averages_a else "shared"
-    initial = form_initial_a(resident.layout, config.lora.rank, weights=weights, init=init, seed=config.seed)
+    init: Initialization = chosen_init(config) if method.traits.averages_a else "shared"
+    initial = form_initial_a(resident.layout, resident.rank, weights=weights, init=init, seed=config.seed)
     measured, intended = initial.measured_clients, initial.averaged_clients
     if measured is not None and abs(measured / intended - 1.0) > TOLERATED_COUNT_ERROR:
         warnings.warn(

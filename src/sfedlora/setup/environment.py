@@ -8,13 +8,15 @@ from typing import Any
 
 from sfedlora.config import RunConfig
 from sfedlora.federation.initialize import InitialA
+from sfedlora.federation.record import scaling_record
 from sfedlora.lora.base_model import BaseModel
+from sfedlora.types import LoraSizes
 
 __all__ = ["environment_record"]
 
 
 def environment_record(
-    config: RunConfig, base: BaseModel, initial: InitialA, scaling_clients: float, scaling: float
+    config: RunConfig, base: BaseModel, initial: InitialA, scaling_clients: float, sizes: LoraSizes
 ) -> dict[str, Any]:
     """Versions, device, threads, seed, base model, and the counts behind gamma."""
     packages = ("sfedlora", "torch", "transformers", "peft", "safetensors", "datasets", "tokenizers", "numpy")
@@ -34,7 +36,8 @@ def environment_record(
         },
         "scaling": {
             "rule": config.lora.scaling,
-            "gamma": scaling,
+            "gamma": scaling_record(sizes, list(sizes.clients)),
+            "ranks": {client_id: size.rank for client_id, size in sizes.clients.items()} or sizes.server.rank,
             "num_clients": scaling_clients,
             "effective_clients": initial.effective_clients,
             "averaged_effective_clients": initial.averaged_clients,

@@ -72,7 +72,7 @@ def resolve(config: RunConfig, base: BaseModel, method: Method, device: torch.de
 def _resolve_init(config: RunConfig, method: Method) -> str:
     """`auto` by the scaling; shared where the method neither averages the draws nor lets a client keep its own."""
     init = config.lora.init
-    if not method.averages_a and Part.A not in method.personal_parts():
+    if not method.traits.averages_a and Part.A not in method.personal_parts():
         if init in ("independent", "local") and config.lora.scaling != "sfed":  # sfed has its own warning
             warnings.warn(f"lora.init: method {method.name} has one A; {init} is taken as shared", stacklevel=2)
         return "shared"
