@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -57,6 +57,9 @@ class ShuffledRunner:
     inner: Runner
     seed: int
 
+    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
+        return self.inner.order(cohort)
+
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         generator = random.Random(self.seed)  # noqa: S311 - an order, not a secret
         work = list(cohort)
@@ -73,6 +76,9 @@ class FailingRunner:
     inner: Runner
     fails: frozenset[tuple[str, int]] = frozenset()
     spoils: frozenset[tuple[str, int]] = frozenset()
+
+    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
+        return self.inner.order(cohort)
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         for work in cohort:
@@ -94,6 +100,9 @@ class CapturingRunner:
     inner: Runner
     work: list[ClientWork] = field(default_factory=list)
     outcomes: list[ClientOutcome] = field(default_factory=list)
+
+    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
+        return self.inner.order(cohort)
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         for work in cohort:

@@ -117,7 +117,9 @@ def _run_round(
         gains.append(_gain(starting_adapter(federation, state, client_id), federation.sizes.of(client_id).scaling))
         outcomes[client_id] = done[client_id]
         yield ClientTrained(round_num, client_id, done[client_id], None)
-    waiting = [client_id for client_id in cohort if client_id not in outcomes]
+    waiting = federation.runner.order(
+        {client_id: federation.participants[client_id] for client_id in cohort if client_id not in outcomes}
+    )
     for result in federation.runner.run_cohort(_work_of(federation, state, waiting, gains)):
         if isinstance(result, ClientError):
             excluded[result.client_id] = result.reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from sfedlora.errors import ClientError
@@ -12,8 +12,16 @@ __all__ = ["Runner"]
 
 
 class Runner(Protocol):
-    """Executes the work of a cohort, in any order; every outcome depends on its own work only."""
+    """Executes the work of a cohort; every outcome depends on its own work only."""
+
+    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
+        """The order in which the runner wants the work of these clients.
+
+        Args:
+            cohort: client id -> positions of its training examples.
+        """
+        ...
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
-        """Yield one outcome or error per client, as they come."""
+        """Yield one outcome or error per client, in any order. Work is made when it is asked for."""
         ...

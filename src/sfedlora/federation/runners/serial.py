@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sfedlora.data.encoded import EncodedData
@@ -24,6 +24,10 @@ class SerialRunner:
     task: Task
     pad_token_id: int
     seed: int
+
+    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
+        """By client id."""
+        return sorted(cohort)
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         """Train each client of a cohort; a client that fails gives its error instead of an outcome.
