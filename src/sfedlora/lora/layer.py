@@ -177,6 +177,8 @@ class LoraLinear(nn.Module):
         dtype = result.dtype
         x = x.to(self.a.dtype)
         if self._delta is not None and self._merged_weight is None:
+            if self.a.ndim == 2 and not torch.is_grad_enabled() and self.dropout_state.seeds is None:
+                return (result + self._joined_delta(x, self._delta)).to(dtype)
             result = result + self._base_correction(x, self._delta)
         if self.dropout > 0 and self.dropout_state.seeds is not None:
             x = seeded_dropout(x, self.dropout, self.dropout_state.seeds, self.path)
@@ -185,6 +187,24 @@ class LoraLinear(nn.Module):
         else:
             delta = self._stacked_delta(x)
         return (result + delta).to(dtype)
+
+    def _joined_delta(self, x: Tensor, delta: BaseDelta) -> Tensor:
+        """Pair and base delta summed in the order of the one pair that they are exported as (`adapter_with_deltas`).
+
+            [x A^T, x right^T] [scaling * B, left]^T
+
+        Stock PEFT then gives the same bits. Another order differs in the last bit of float32, which now and then flips
+        a rounding to bfloat16; in a deep model that grows to several of its steps in the logits. Training does not
+        join: it would keep a copy of the delta for backward.
+        """
+        b = self.b * self.scaling
+        if delta.right is not None:
+            hidden = functional.linear(x, torch.cat([self.a, delta.right]))
+        elif self.in_features > self.out_features:
+            return functional.linear(functional.linear(x, self.a), b) + functional.linear(x, delta.left)
+        else:
+            hidden = torch.cat([functional.linear(x, self.a), x], dim=-1)
+        return functional.linear(hidden, torch.cat([b, delta.left], dim=1))
 
     def _base_correction(self, x: Tensor, delta: BaseDelta) -> Tensor:
         if delta.right is None:
