@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from sfedlora.federation.record import client_records, evaluation_record, scalin
 from sfedlora.federation.sampling import sample_cohort, sample_evaluated
 from sfedlora.federation.schedule import learning_rate_at
 from sfedlora.federation.server_optimizer import apply_server_optimizer
-from sfedlora.federation.state import Federation, FederationState, load_serving, starting_adapter
+from sfedlora.federation.state import Federation, FederationState, load_serving, starting_adapter, with_clients
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.scaling import effective_clients
 from sfedlora.methods import aggregate, broadcast_tensors, check_update, client_weights
@@ -36,6 +36,7 @@ __all__ = [
     "RoundStarted",
     "evaluate_clients",
     "evaluate_external",
+    "run_round",
     "run_rounds",
 ]
 
@@ -96,13 +97,14 @@ def run_rounds(
     """
     done = dict(finished or {})
     while state.server.round_num < federation.rounds.num_rounds:
-        state = yield from _run_round(federation, state, done)
+        state = yield from run_round(federation, state, done)
         done = {}
 
 
-def _run_round(
+def run_round(
     federation: Federation, state: FederationState, done: Mapping[str, ClientOutcome]
 ) -> Generator[Event, None, FederationState]:
+    """Run the round after `state`; as `run_rounds`. Returns the state after it."""
     round_num = state.server.round_num + 1
     settings = federation.rounds
     cohort = sample_cohort(
@@ -251,13 +253,28 @@ def _server_step(
     server = aggregate(method, state.server, updates, weighting=weighting, sizes=federation.sizes)
     if federation.rounds.server_optimizer is not None:
         server = apply_server_optimizer(federation.rounds.server_optimizer, state.server, server, shared)
-    personal, optimizer = dict(state.personal), dict(state.optimizer)
+    return _with_outcomes(federation, replace(state, server=server), outcomes), updates
+
+
+def _with_outcomes(
+    federation: Federation, state: FederationState, outcomes: Mapping[str, ClientOutcome]
+) -> FederationState:
+    """Every client of the round keeps its personal factors, and its moments where they are kept."""
+    parts = federation.method.personal_parts()
+    personal: dict[str, Tensors] = {}
+    moments: dict[str, Tensors] = {}
     for client_id in sorted(outcomes):
-        kept = select_parts(outcomes[client_id].tensors, method.personal_parts())
-        personal[client_id] = {**personal.get(client_id, {}), **kept}
-        if outcomes[client_id].optimizer_state:
-            optimizer[client_id] = outcomes[client_id].optimizer_state
-    return FederationState(server, personal, optimizer), updates
+        outcome = outcomes[client_id]
+        untrained = parts - federation.method.trained_parts(outcome.round_num)
+        before = state.personal.get(client_id, {}) if untrained else {}
+        personal[client_id] = {**before, **select_parts(outcome.tensors, parts)}
+        if outcome.optimizer_state:
+            moments[client_id] = outcome.optimizer_state
+    return replace(
+        state,
+        personal=with_clients(state.personal, personal),
+        optimizer=with_clients(state.optimizer, moments),
+    )
 
 
 def _evaluated_clients(federation: Federation, cohort: Sequence[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,7 @@ __all__ = [
     "load_serving",
     "serving_adapter",
     "starting_adapter",
+    "with_clients",
 ]
 
 POOLED_ID = "centralized"
@@ -93,6 +94,9 @@ class Federation:
 class FederationState:
     """What is carried from round to round.
 
+    The mappings of clients may be plain dictionaries, or read a client's file whenever it is asked for: nothing here
+    keeps what they return.
+
     Attributes:
         server: the server's state.
         personal: client id -> the factors that it keeps, for clients that took part.
@@ -102,6 +106,35 @@ class FederationState:
     server: ServerState
     personal: Mapping[str, Tensors]
     optimizer: Mapping[str, Tensors]
+
+
+@dataclass(frozen=True, eq=False)
+class _Overlay(Mapping[str, Tensors]):
+    """Clients in memory over clients that are read when they are asked for."""
+
+    in_memory: Mapping[str, Tensors]
+    below: Mapping[str, Tensors]
+
+    def __getitem__(self, client_id: str) -> Tensors:
+        return self.in_memory[client_id] if client_id in self.in_memory else self.below[client_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self.below), **dict.fromkeys(self.in_memory)})
+
+    def __len__(self) -> int:
+        return len(self.below) + sum(client_id not in self.below for client_id in self.in_memory)
+
+    def __contains__(self, client_id: object) -> bool:
+        return client_id in self.in_memory or client_id in self.below
+
+
+def with_clients(clients: Mapping[str, Tensors], changed: Mapping[str, Tensors]) -> Mapping[str, Tensors]:
+    """The mapping with some clients' tensors replaced; clients on disk are not read."""
+    if isinstance(clients, dict):
+        return {**clients, **changed}
+    if isinstance(clients, _Overlay):
+        return _Overlay({**clients.in_memory, **changed}, clients.below)
+    return _Overlay(changed, clients)
 
 
 def initial_state(federation: Federation) -> FederationState:
