@@ -174,10 +174,8 @@ def mean_of_rows(state: ServerState, contributions: Sequence[Contribution]) -> S
     start = 0
     for end in sorted({*ranks.values()}):
         senders = [item for item in contributions if ranks[item.client_id] >= end]
-        band = weighted_mean(
-            (item.weight, {n: t[start:end] for n, t in select_parts(item.tensors, [Part.A]).items()})
-            for item in senders
-        )
+        total = sum(item.weight for item in senders)
+        band = weighted_mean((item.weight / total, _rows(item.tensors, start, end)) for item in senders)
         for name, rows in band.items():
             shared[name] = torch.cat([shared[name][:start], rows, shared[name][end:]])
         start = end

@@ -11,11 +11,12 @@ client k. The server keeps the cut at the largest rank, with its gamma; `client_
 for a client of another rank. The product is the best of its rank; the sum itself has up to sum_k r_k of them. The
 (out, in) sum is never formed: it is the product of the columns p_k s_k B_k and the rows A_k.
 
-Deviations and limits: one client gets its own product back, not its own factors. If a cohort's ranks do not add up to
-the largest rank, A keeps its former rows beyond that sum, with B zero there: zeros in both would never train again. A
-has orthonormal rows after round 1, whatever the scaling rule assumed of its variance, so `sfed` with a count of clients
-is refused (`config`), and so are server optimizers: the change of a factor is no direction of descent when every round
-chooses new coordinates. Ranks above min(in, out) have no SVD to be cut from and are refused.
+Deviations and limits: one client gets its own product back, not its own factors. With ranks of their own, clients that
+did not change still change the result: what a small client's cut lacks counts as zero in the mean. If a cohort's ranks
+do not add up to the largest rank, A keeps its former rows beyond that sum, with B zero there: zeros in both would never
+train again. A has orthonormal rows after round 1, whatever the scaling rule assumed of its variance, so `sfed` with a
+count of clients is refused (`config`), and so are server optimizers: the change of a factor is no direction of descent
+when every round chooses new coordinates. Ranks above min(in, out) have no SVD to be cut from and are refused.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ A is the factors `a:*`, B the factors `b:*`. The weights w_k are taken per targe
 With ranks of their own, clients that did not change still change the result: what a small client does not hold counts
 as zero in the mean.
 
-Deviation: the paper's optional self-pruning of a client's rank during training is left out.
+Deviations: rows of A above the largest rank of the cohort stay as they were, where the padded mean would be zero; B is
+zero there, so no product changes, and zeros in both would never train again. The paper's optional self-pruning of a
+client's rank during training is left out.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sfedlora.lora.algebra import weighted_mean
@@ -65,12 +68,16 @@ class HetLoRA:
         """A = sum_k w_k pad(A_k), B = sum_k w_k pad(B_k), module by module; the head by p_k."""
         shared = {**state.shared, **mean_of_parts(contributions, [Part.HEAD])}
         for name_a, name_b in module_factors(state.shared):
-            shared |= _module_mean(contributions, name_a, name_b, rank=size.rank)
+            mean = _module_mean(contributions, name_a, name_b)
+            reached = mean[name_a].shape[0]
+            shared[name_a] = torch.cat([mean[name_a], state.shared[name_a][reached:]])
+            shared[name_b] = padded(name_b, mean[name_b], size.rank)
         return replace(state, shared=shared)
 
 
-def _module_mean(contributions: Sequence[Contribution], name_a: str, name_b: str, *, rank: int) -> dict[str, Tensor]:
-    """A and B of one module, weighted by ||B_k A_k||_F; by p_k where all products are zero."""
+def _module_mean(contributions: Sequence[Contribution], name_a: str, name_b: str) -> dict[str, Tensor]:
+    """A and B of one module at the cohort's largest rank, weighted by ||B_k A_k||_F; by p_k where all are zero."""
+    rank = max(item.tensors[name_a].shape[0] for item in contributions)
     norms = [product_norm(item.tensors[name_b], item.tensors[name_a]) for item in contributions]
     total = sum(norms)
     weights = [norm / total for norm in norms] if total > 0 else [item.weight for item in contributions]
