@@ -2,7 +2,8 @@
 
 Not here: which cells there are (`config.grid`).
 
-A line of results.jsonl: `{"cell": name, "settings": {dotted key: value}, "run_dir": path, "summary": {...}}`.
+A line of results.jsonl: `{"cell": name, "settings": {dotted key: value}, "run_dir": path, "summary": {...}}`. The
+settings are `REPORTED_KEYS`, whatever else differs between the cells, gamma, and the preset if there is one.
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ def compare_events(cells: Sequence[Cell], output: Path) -> Iterator[CellStarted 
     for cell in cells:
         _require_usable_folder(cell)
     _require_same_data([cell for cell in cells if _is_finished(cell)])
+    differing = _differing_keys(cells)
     for index, cell in enumerate(cells):
         path = Path(cell.config.output)
         yield CellStarted(index, len(cells), cell, _is_finished(cell))
         yield from resume_events(path) if _is_begun(cell) else run_events(cell.config)
-        lines = [to_json(results_line(other)) for other in cells if _is_finished(other)]
+        lines = [to_json(results_line(other, differing)) for other in cells if _is_finished(other)]
         write_text(output / "results.jsonl", "\n".join(lines) + "\n")
 
 
@@ -87,16 +89,22 @@ def require_comparison_folder(output: Path) -> None:
         raise ConfigError(f"--output: {output} is no folder; choose a new one for the cells")
 
 
-def results_line(cell: Cell) -> dict[str, Any]:
-    """The line of results.jsonl of a finished cell."""
+def results_line(cell: Cell, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The line of results.jsonl of a finished cell, with the settings of further keys."""
     path = Path(cell.config.output)
     directory = RunDirectory.open(path)
     flat = flatten(directory.config().model_dump(mode="json"))
-    scaling = directory.environment()["scaling"]
-    settings = {key: flat[key] for key in REPORTED_KEYS} | {"gamma": scaling["gamma"]}
+    settings = {key: flat.get(key) for key in dict.fromkeys([*REPORTED_KEYS, *keys])}
+    settings["gamma"] = directory.environment()["scaling"]["gamma"]
     if flat["preset"] is not None:
         settings["preset"] = flat["preset"]
     return {"cell": cell.name, "settings": settings, "run_dir": str(path), "summary": directory.summary()}
+
+
+def _differing_keys(cells: Sequence[Cell]) -> list[str]:
+    """The keys in which the cells' configurations differ."""
+    flat = [flatten(cell.config.model_dump(mode="json")) for cell in cells]
+    return [key for key in flat[0] if key not in NOT_COMPARED and any(other[key] != flat[0][key] for other in flat)]
 
 
 def _is_begun(cell: Cell) -> bool:

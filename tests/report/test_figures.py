@@ -6,11 +6,14 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from sfedlora.config.presets import PRESETS
 from sfedlora.errors import InputError, StorageError
 from sfedlora.report import draw_comparison, draw_directories, draw_run, load_cells
 from support.run_files import write_run
@@ -96,6 +99,35 @@ def test_cells_whose_runs_are_gone_keep_the_figures_from_their_summaries(tmp_pat
     for cell in cells:
         (cell.run_dir / "config.yaml").unlink()
     assert [figure.name for figure in draw_comparison(cells, tmp_path / "out")] == ["rank.png", "clients.png"]
+
+
+def test_fourteen_presets_look_different_in_every_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+    for at, (name, rule) in enumerate(PRESETS.items()):
+        run = write_run(tmp_path / name, losses=[3.0 - 0.1 * at, 2.0], norms=[1.0 + at, 1.0], initial=3.5)
+        settings = {f"{section}.{key}": value for section, keys in rule.items() for key, value in keys.items()}
+        settings |= {"preset": name, "lora.rank": 8, "partition.num_clients": 4, "seed": 0}
+        lines.append(json.dumps({"cell": name, "settings": settings, "run_dir": str(run), "summary": {}}) + "\n")
+    (tmp_path / "results.jsonl").write_text("".join(lines), encoding="utf-8")
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *args: Any, **options: Any) -> None:
+        drawn.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    assert [path.name for path in draw_directories([tmp_path])] == ["rounds.png"]
+    (figure,) = drawn
+    for axes in figure.axes:
+        looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.get_lines()}
+        assert len(looks) == len(PRESETS)
+        legend = axes.get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == list(PRESETS)
+        box = legend.get_window_extent()
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:

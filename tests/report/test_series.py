@@ -70,3 +70,58 @@ def test_rounds_are_grouped_by_size_in_order() -> None:
     assert list(groups) == ["r = 8", "r = 128"]
     lines = lines_by_round(groups["r = 8"], varying_keys(cells), lambda record: [(1.0, value_of(record))])
     assert [line.method for line in lines] == ["lora, independent init", "sfed, independent init"]
+
+
+def preset_cell(name: str, **settings: Any) -> CellRecord:
+    rules = {
+        "fedit": ("fedit", "lora", "shared"),
+        "fedsa-lora": ("fedsa", "lora", "shared"),
+        "sfed-lora": ("fedsa", "sfed", "independent"),
+    }
+    rule = dict(zip(("method.name", "lora.scaling", "lora.init"), rules[name], strict=True))
+    return cell(1.0, preset=name, **(rule | settings))
+
+
+def test_presets_that_differ_are_called_by_their_names() -> None:
+    cells = [
+        preset_cell("fedit", rank=8, **{"rounds.proximal_mu": 0.0}),
+        preset_cell("sfed-lora", rank=8, **{"rounds.proximal_mu": 0.5}),
+        preset_cell("sfed-lora", rank=8, **{"rounds.proximal_mu": 0.0, "method.name": "local"}),
+        cell(1.0, rank=8, **{"lora.scaling": "lora", "rounds.proximal_mu": 0.0}),
+    ]
+    varying = varying_keys(cells)
+    assert [method_label(item.settings, varying) for item in cells] == [
+        "fedit, proximal mu = 0",
+        "sfed-lora, proximal mu = 0.5",
+        "local: sfed, independent init, proximal mu = 0",
+        "fedsa: lora, independent init, proximal mu = 0",
+    ]
+
+
+def test_one_preset_for_all_cells_is_no_label() -> None:
+    cells = [preset_cell("sfed-lora"), preset_cell("sfed-lora", **{"lora.scaling": "lora"})]
+    labels = [method_label(item.settings, varying_keys(cells)) for item in cells]
+    assert labels == ["sfed, independent init", "lora, independent init"]
+
+
+def test_lists_of_ranks_have_short_labels_and_never_share_one() -> None:
+    lists = [[2, 4, 8], [2] * 9 + [4], [2] * 5 + [4] * 5, [4] * 5 + [2] * 5, list(range(1, 31)), list(range(30, 0, -1))]
+    cells = [cell(1.0, scaling="sfed", rank=rank) for rank in [16, *lists]]
+    groups = by_size(cells, varying_keys(cells))
+    assert list(groups) == [
+        "r = 16",
+        "r = 1 to 30 (30 clients)",
+        "r = 9 x 2 + 1 x 4",
+        "r = 5 x 2 + 5 x 4",
+        "r = [2, 4, 8]",
+        "r = 5 x 2 + 5 x 4 #2",
+        "r = 1 to 30 (30 clients) #2",
+    ]
+    assert all(len(members) == 1 for members in groups.values())
+    assert run_label(cells[3].settings) == "fedsa: sfed, independent init, r = 5 x 2 + 5 x 4"
+
+
+def test_a_list_of_ranks_has_no_place_on_the_axis_of_ranks() -> None:
+    cells = [cell(float(at), scaling="sfed", rank=rank) for at, rank in enumerate([2, [2, 4], 4])]
+    (line,) = lines_against("lora.rank", cells, value_of)
+    assert [point[0] for point in line.points] == [2.0, 4.0]

@@ -43,7 +43,8 @@ def compare(  # noqa: PLR0917 - typer turns every argument into an option
     for _ in drive_all(compare_events(cells, output)):
         pass
     results = output / "results.jsonl"
-    print_comparison([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()])
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    print_comparison([cell.choices for cell in cells], lines)
     typer.echo(f"results: {results}")
     if figures:
         draw_if_possible(output)

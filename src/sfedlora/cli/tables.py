@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from sfedlora.experiment import RunResult
@@ -37,17 +37,21 @@ def print_run(result: RunResult) -> None:
     print_line(f"adapters: {result.run_dir / 'adapters'} (load with peft.PeftModel.from_pretrained)", console)
 
 
-def print_comparison(lines: Sequence[Mapping[str, Any]]) -> None:
-    """One row per cell of a comparison: settings that differ, then metrics on test of the last and the best round."""
-    settings = [line["settings"] for line in lines]
-    varying = [key for key in settings[0] if len({str(item.get(key)) for item in settings}) > 1]
+def print_comparison(choices: Sequence[Mapping[str, str]], lines: Sequence[Mapping[str, Any]]) -> None:
+    """One row per cell of a comparison: what was varied, then metrics on test of the last and the best round.
+
+    Args:
+        choices: of every cell, the name and the value of each varied setting.
+        lines: of every cell, in the same order, its line of results.jsonl.
+    """
     names = _metric_names(lines[0]["summary"]["last"]["test"]["weighted"])
-    table = Table("cell", *(key for key in varying), *(f"{n} last" for n in names), *(f"{n} best" for n in names))
-    for line in lines:
-        row = [_shown(line["settings"].get(key)) for key in varying]
-        for which in ("last", "best"):
-            row += _numbers(line["summary"][which]["test"]["weighted"])
-        table.add_row(line["cell"], *row)
+    table = Table(
+        *(Column(name, overflow="fold") for name in choices[0]),
+        *(Column(f"{name} {which}", justify="right", no_wrap=True) for which in ("last", "best") for name in names),
+    )
+    for chosen, line in zip(choices, lines, strict=True):
+        metrics = (line["summary"][which]["test"]["weighted"] for which in ("last", "best"))
+        table.add_row(*chosen.values(), *(_aligned(value) for values in metrics for value in values.values()))
     console = output_console()
     console.print(table)
     print_line("metrics on the clients' test splits, weighted by examples; best is chosen on validation", console)
@@ -64,6 +68,11 @@ def _metric_names(metrics: Mapping[str, Any]) -> list[str]:
 
 def _numbers(metrics: Mapping[str, Any]) -> list[str]:
     return [_shown(value) for value in metrics.values()]
+
+
+def _aligned(value: Any) -> str:
+    """A metric with as many digits as its neighbours."""
+    return f"{value:#.5g}" if isinstance(value, float) else _shown(value)
 
 
 def _shown(value: Any) -> str:

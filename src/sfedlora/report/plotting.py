@@ -1,7 +1,8 @@
 """Lines on panels, panels on a figure, a figure in a PNG file, with matplotlib (extra `report`).
 
 A method has a colour, from a palette that colour-blind readers can tell apart (Okabe and Ito); a size has a dash and a
-marker. Bands span the lowest to the highest seed. A panel without lines is not drawn.
+marker, and so has a method beyond the number of colours. Bands span the lowest to the highest seed. A panel without
+lines is not drawn.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ __all__ = ["Panel", "draw_panels"]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LEGEND_ROWS, LEGEND_LETTERS = 6, 34
+"""A longer legend has two columns if its labels have no more letters than this."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def _new_figure(rows: Sequence[Sequence[Panel]]) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("figures need matplotlib; install it with: pip install 'sfedlora[report]'") from None
-    lines = [max(len(panel.lines) for panel in row) for row in rows]
+    lines = [max(math.ceil(len(panel.lines) / _legend_columns(panel)) for panel in row) for row in rows]
     height = sum(3.4 + (0.2 * count + 0.2 if count > 1 else 0.0) for count in lines) + 0.4
     figure = Figure(figsize=(5.6 * max(map(len, rows)), height))
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.1)
@@ -88,24 +91,27 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _styles(panels: Sequence[Panel]) -> dict[tuple[str, str], tuple[str, str, str]]:
-    """(method, size) -> colour, dash, marker: the same in all panels of a figure."""
+    """(method, size) -> colour, dash, marker: the same in all panels of a figure, and no two the same."""
     lines = [line for panel in panels for line in panel.lines]
     methods, sizes = (list(dict.fromkeys(names)) for names in ((x.method for x in lines), (x.size for x in lines)))
-    return {
-        (line.method, line.size): (
-            PALETTE[methods.index(line.method) % len(PALETTE)],
-            DASHES[sizes.index(line.size) % len(DASHES)],
-            MARKERS[sizes.index(line.size) % len(MARKERS)],
+    turns = math.ceil(len(methods) / len(PALETTE))
+    styles = {}
+    for line in lines:
+        turn, colour = divmod(methods.index(line.method), len(PALETTE))
+        form = sizes.index(line.size) * turns + turn
+        styles[line.method, line.size] = (
+            PALETTE[colour],
+            DASHES[form % len(DASHES)],
+            MARKERS[form % len(MARKERS)],
         )
-        for line in lines
-    }
+    return styles
 
 
 def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[tuple[str, str], tuple[str, str, str]]) -> None:
     for line in panel.lines:
         colour, dash, marker = styles[line.method, line.size]
         xs, means, lows, highs = ([point[at] for point in line.points] for at in range(4))
-        label = (f"{line.method}, {line.size}" if line.size else line.method) + _slope_text(panel, line)
+        label = _label(panel, line)
         axes.plot(xs, means, dash, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
         if lows != highs:
             axes.fill_between(xs, lows, highs, color=colour, alpha=0.1, linewidth=0)
@@ -114,7 +120,17 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[tuple[str, str], tuple
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
     axes.grid(visible=True, which="major", alpha=0.3)
     if len(panel.lines) > 1:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8, frameon=False)
+        columns = _legend_columns(panel)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8, frameon=False, ncols=columns)
+
+
+def _label(panel: Panel, line: Line) -> str:
+    return (f"{line.method}, {line.size}" if line.size else line.method) + _slope_text(panel, line)
+
+
+def _legend_columns(panel: Panel) -> int:
+    longest = max(len(_label(panel, line)) for line in panel.lines)
+    return 2 if len(panel.lines) > LEGEND_ROWS and longest <= LEGEND_LETTERS else 1
 
 
 def _slope_text(panel: Panel, line: Line) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from sfedlora.config.presets import PRESETS
 from sfedlora.report.load import CellRecord
 
 __all__ = [
@@ -24,9 +25,13 @@ __all__ = [
     "varying_keys",
 ]
 
-RANK, CLIENTS, SEED = "lora.rank", "partition.num_clients", "seed"
+RANK, CLIENTS, SEED, PRESET = "lora.rank", "partition.num_clients", "seed", "preset"
 # Follow from other settings, or do not change what is computed: never part of a label.
-_DERIVED = frozenset({"gamma", "output", "preset", "lora.num_clients", "threads", "device", "runner"})
+_DERIVED = frozenset({"gamma", "output", "lora.num_clients", "threads", "device", "runner"})
+_RULE = ("method.name", "lora.scaling", "lora.init")
+"""What a preset sets."""
+_LONGEST_LIST, _MOST_RANKS = 6, 4
+"""Entries of a list of ranks, and different ranks of a longer one, that a label spells out."""
 _SHORT = {"lora.alpha": "alpha", "local.learning_rate": "lr", "local.optimizer": "", RANK: "r", CLIENTS: "N"}
 
 
@@ -46,23 +51,29 @@ class Line:
 
 
 def varying_keys(cells: Sequence[CellRecord]) -> list[str]:
-    """The settings in which the cells differ, derived ones left out, in the order of the settings."""
+    """The settings in which the cells differ, derived ones left out, in the order of the settings.
+
+    The preset is among them if cells of several presets are compared.
+    """
     keys = dict.fromkeys(key for cell in cells for key in cell.settings if key not in _DERIVED)
     return [key for key in keys if len({repr(cell.settings.get(key)) for cell in cells}) > 1]
 
 
 def method_label(settings: Mapping[str, Any], varying: Sequence[str]) -> str:
-    """Scaling and initialisation, the method where methods differ, and what else differs but ranks, clients, seeds.
+    """Preset, or scaling and initialisation; and what else differs but ranks, clients and seeds.
 
-    For example `sfed, independent init` or `fedit: rslora, shared init, lr = 0.01`.
+    For example `sfed, independent init`, or where methods differ `fedit: rslora, shared init, lr = 0.01`. Where presets
+    differ their names take the place of all that, unless a cell deviates from its own.
     """
-    method, scaling, init = (settings.get(key) for key in ("method.name", "lora.scaling", "lora.init"))
-    parts = [str(scaling)] if scaling is not None else []
-    parts += [f"{init} init"] if init is not None else []
-    named = {RANK, CLIENTS, SEED, "method.name", "lora.scaling", "lora.init"}
-    parts += [_setting(key, settings.get(key)) for key in varying if key not in named]
+    others = [key for key in varying if key not in (RANK, CLIENTS, SEED, PRESET, *_RULE)]
+    parts = [_setting(key, settings.get(key)) for key in others]
+    if PRESET in varying and _is_true_to_preset(settings):
+        return ", ".join([str(settings[PRESET]), *parts])
+    method, scaling, init = (settings.get(key) for key in _RULE)
+    rule = [str(scaling)] if scaling is not None else []
+    rule += [f"{init} init"] if init is not None else []
     prefix = f"{method}: " if "method.name" in varying else ""
-    return (prefix + ", ".join(parts)) or "run"
+    return (prefix + ", ".join([*rule, *parts])) or "run"
 
 
 def run_label(settings: Mapping[str, Any]) -> str:
@@ -93,9 +104,14 @@ def lines_by_round(
 def by_size(cells: Sequence[CellRecord], varying: Sequence[str]) -> dict[str, list[CellRecord]]:
     """The cells of each rank and number of clients, small ones first; the key names what varies: `r = 8, N = 4`."""
     sizes = [key for key in (RANK, CLIENTS) if key in varying]
-    groups: dict[str, list[CellRecord]] = {}
+    members: dict[str, list[CellRecord]] = {}
     for cell in sorted(cells, key=lambda cell: [_order(cell.settings.get(key)) for key in sizes]):
-        groups.setdefault(_size_label(cell, sizes), []).append(cell)
+        members.setdefault(repr([cell.settings.get(key) for key in sizes]), []).append(cell)
+    groups: dict[str, list[CellRecord]] = {}
+    for own in members.values():
+        label = _size_label(own[0], sizes)
+        same = sum(other == label or other.startswith(f"{label} #") for other in groups)  # long lists are abbreviated
+        groups[f"{label} #{same + 1}" if same else label] = own
     return groups
 
 
@@ -133,12 +149,30 @@ def _size_label(cell: CellRecord, sizes: Sequence[str]) -> str:
     return ", ".join(_setting(key, cell.settings.get(key)) for key in sizes)
 
 
-def _order(size: Any) -> tuple[bool, float]:
-    is_number = isinstance(size, int | float)
-    return (not is_number, float(size) if is_number else 0.0)
+def _order(size: Any) -> tuple[bool, tuple[float, ...]]:
+    """Numbers by size, then lists."""
+    if isinstance(size, list):
+        return True, tuple(size)
+    return not isinstance(size, int | float), (float(size) if isinstance(size, int | float) else 0.0,)
 
 
 def _setting(key: str, value: Any) -> str:
     short = _SHORT.get(key, key.rsplit(".", 1)[-1].replace("_", " "))
-    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        shown = f"{value:g}"
+    elif isinstance(value, list) and key == RANK and len(value) > _LONGEST_LIST:
+        counts = sorted(Counter(value).items())
+        spelled = " + ".join(f"{count} x {rank}" for rank, count in counts)
+        shown = spelled if len(counts) <= _MOST_RANKS else f"{min(value)} to {max(value)} ({len(value)} clients)"
+    else:
+        shown = str(value)
     return f"{short} = {shown}" if short else shown
+
+
+def _is_true_to_preset(settings: Mapping[str, Any]) -> bool:
+    """Whether method, scaling and initialisation are the preset's."""
+    preset = PRESETS.get(str(settings.get(PRESET)))
+    if preset is None:
+        return False
+    brought = {f"{section}.{key}": value for section, keys in preset.items() for key, value in keys.items()}
+    return all(settings.get(key) == value for key, value in brought.items())
