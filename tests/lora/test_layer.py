@@ -1,14 +1,18 @@
-"""The layer against the formula in NumPy (float64), stacks against separate calls, and the seeded masks."""
+"""The layer against the formula in NumPy (float64), stacks against separate calls, base deltas, the seeded masks."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sfedlora.errors import AdapterError, ModelError
+from sfedlora.lora.base_delta import BaseDelta
 from sfedlora.lora.layer import DropoutState, LoraLinear, SeededDropout, linear_features, seeded_dropout
 
 IN, OUT, RANK = 7, 5, 3
@@ -104,6 +108,159 @@ def test_the_base_is_frozen_and_stays_in_eval_mode() -> None:
     assert LoraLinear(nn.Linear(IN, OUT, bias=False), draw(RANK, IN), draw(OUT, RANK)).bias is None
 
 
+# Base deltas
+
+FORMS = ["factors", "matrix"]
+
+
+def base_delta(form: str, dtype: torch.dtype = torch.float64) -> BaseDelta:
+    """A correction of rank 2, as its factors or multiplied."""
+    left, right = draw(OUT, 2, seed=20).to(dtype), draw(2, IN, seed=21).to(dtype)
+    return BaseDelta(left, right) if form == "factors" else BaseDelta(left @ right, None)
+
+
+def corrected() -> NDArray[np.float64]:
+    """The base weight with the correction, and with an adapter of gamma 0.83."""
+    delta = draw(OUT, 2, seed=20).numpy() @ draw(2, IN, seed=21).numpy()
+    adapter = 0.83 * draw(OUT, RANK, seed=1).numpy() @ draw(RANK, IN).numpy()
+    weight: NDArray[np.float64] = draw(OUT, IN, seed=10).numpy() + delta + adapter
+    return weight
+
+
+def pair_on(base: nn.Module, dtype: torch.dtype = torch.float64) -> LoraLinear:
+    return LoraLinear(base, draw(RANK, IN).to(dtype), draw(OUT, RANK, seed=1).to(dtype), scaling=0.83, path="here")
+
+
+@pytest.mark.parametrize("make_base", [linear, conv1d])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=str)
+def test_a_base_delta_corrects_the_weight_and_gradients_flow_through_it(
+    make_base: type, form: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    # float64 applies a matrix beside the base, float32 in its place; with and without gradients are ways of their own.
+    layer = pair_on(make_base().to(dtype), dtype)
+    layer.set_delta(base_delta(form, dtype))
+    x, upstream = draw(2, 4, IN, seed=2), draw(2, 4, OUT, seed=3)
+    inputs = x.clone().to(dtype).requires_grad_()
+    output = layer(inputs)
+    output.backward(upstream.to(dtype))
+    rows, grads = x.numpy().reshape(-1, IN), upstream.numpy().reshape(-1, OUT)
+    expected = x.numpy() @ corrected().T + draw(OUT, seed=11).numpy()
+    np.testing.assert_allclose(output.detach().numpy(), expected, rtol=0, atol=tolerance)
+    with torch.no_grad():
+        np.testing.assert_allclose(layer(inputs).numpy(), expected, rtol=0, atol=tolerance)
+    assert output.dtype == dtype
+    assert inputs.grad is not None
+    assert layer.a.grad is not None
+    assert layer.b.grad is not None
+    np.testing.assert_allclose(inputs.grad.numpy().reshape(-1, IN), grads @ corrected(), rtol=0, atol=tolerance)
+    b = draw(OUT, RANK, seed=1).numpy()
+    np.testing.assert_allclose(layer.a.grad.numpy(), 0.83 * (grads @ b).T @ rows, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("make_base", [linear, conv1d])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_taking_a_base_delta_back_restores_every_bit(make_base: type, form: str, dtype: torch.dtype) -> None:
+    base = make_base().to(dtype)
+    weight = base.weight.detach().clone()
+    layer, x = pair_on(base, torch.float32), draw(4, IN, seed=2).to(dtype)
+    before = layer(x)
+    layer.set_delta(base_delta(form, torch.float32))
+    with_delta = layer(x)
+    assert not with_delta.equal(before)
+    assert layer.weight is base.weight
+    assert base.weight.equal(weight)
+    layer.set_delta(base_delta(form, torch.float32))
+    assert layer(x).equal(with_delta)  # the second delta takes the place of the first
+    layer.set_delta(None)
+    assert layer(x).equal(before)
+    with torch.no_grad():
+        assert layer(x).equal(before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bfloat16_base_is_corrected_in_float32(form: str) -> None:
+    base = linear().to(torch.bfloat16)
+    layer, x = pair_on(base, torch.float32), draw(4, IN, seed=2).to(torch.bfloat16)
+    layer.set_delta(base_delta(form, torch.float32))
+    output = layer(x)
+    delta = base_delta("matrix", torch.float32).left
+    exact = base(x).float() + x.float() @ delta.T + 0.83 * (x.float() @ layer.a.T) @ layer.b.T
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), exact, rtol=2**-8, atol=1e-6)  # one rounding, at the end
+    assert layer.weight.dtype == torch.bfloat16
+    output.sum().backward()
+    assert layer.a.grad is not None
+    assert layer.a.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_stack_shares_the_base_delta(form: str, dtype: torch.dtype) -> None:
+    a, b, x = draw(3, RANK, IN).to(dtype), draw(3, OUT, RANK, seed=1).to(dtype), draw(6, 4, IN, seed=2).to(dtype)
+    stack = LoraLinear(linear(dtype), a, b, scaling=0.83)
+    stack.set_delta(base_delta(form, dtype))
+    output = stack(x)
+    for client in range(3):
+        alone = LoraLinear(linear(dtype), a[client], b[client], scaling=0.83)
+        alone.set_delta(base_delta(form, dtype))
+        rows = slice(2 * client, 2 * client + 2)
+        tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+        torch.testing.assert_close(output[rows], alone(x[rows]), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropout_does_not_reach_the_base_delta(form: str) -> None:
+    state = DropoutState(seeds=(11,))
+    a, b, x = draw(RANK, IN), draw(OUT, RANK, seed=1), draw(4, 6, IN, seed=2)
+    layer = LoraLinear(linear(), a, b, scaling=0.5, dropout=0.4, dropout_state=state, path="m")
+    layer.set_delta(base_delta(form))
+    masked = seeded_dropout(x, 0.4, (11,), "m")
+    expected = linear()(x) + x @ base_delta("matrix").left.T + 0.5 * (masked @ a.T) @ b.T
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+class DoubledLinear(nn.Linear):
+    """A linear module whose forward is its own, as those of quantised weights are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_module_with_a_forward_of_its_own_is_called_and_corrected_beside(form: str) -> None:
+    base = DoubledLinear(IN, OUT)
+    layer, x = pair_on(base, torch.float32), draw(4, IN, seed=2).float()
+    before = layer(x)
+    layer.set_delta(base_delta(form, torch.float32))
+    delta = base_delta("matrix", torch.float32).left
+    torch.testing.assert_close(layer(x), before + x @ delta.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "shown"),
+    [
+        ((OUT, 2), (2, IN + 1), f"({OUT}, {IN + 1})"),
+        ((OUT + 1, 2), (2, IN), f"({OUT + 1}, {IN})"),
+        ((IN, 2), (2, OUT), f"({IN}, {OUT})"),
+        ((IN, OUT), None, f"({IN}, {OUT})"),
+    ],
+)
+def test_a_base_delta_that_does_not_fit_is_refused(
+    left: tuple[int, ...], right: tuple[int, ...] | None, shown: str
+) -> None:
+    layer = pair_on(linear())
+    delta = BaseDelta(torch.zeros(left), None if right is None else torch.zeros(right))
+    with pytest.raises(AdapterError, match=re.escape(f"here: a base delta {shown}; expected ({OUT}, {IN})")):
+        layer.set_delta(delta)
+
+
+# What is refused
+
+
 @pytest.mark.parametrize(
     ("a", "b"),
     [
@@ -194,3 +351,6 @@ def test_quantised_linears_of_bitsandbytes_are_wrapped() -> None:
     torch.testing.assert_close(layer(x), four(x) + 0.5 * (x @ layer.a.T) @ layer.b.T)
     layer(x).sum().backward()
     assert layer.a.grad is not None
+    before, delta = layer(x), draw(32, 64, seed=4).float()
+    layer.set_delta(BaseDelta(delta, None))
+    torch.testing.assert_close(layer(x), before + x @ delta.T, rtol=1e-5, atol=1e-4)
