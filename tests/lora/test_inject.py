@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from sfedlora.errors import AdapterError, ConfigError, ModelError
+from sfedlora.lora.base_delta import advance_deltas
 from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.lora.layer import LoraLinear, SeededDropout, seeded_dropout
-from sfedlora.types import Part
+from sfedlora.types import LoraSize, Part
 from support.tiny_models import (
     VOCAB_SIZE,
     tiny_bert_classifier,
@@ -379,6 +380,128 @@ def test_generation_works_with_the_cache_off_in_training() -> None:
     assert resident.model(input_ids=IDS).past_key_values is None
     tokens = resident.model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] <= IDS.shape[1] + 4
+
+
+# Base deltas
+
+MODULES = {"model.layers.0.self_attn.q_proj": (24, 24), "model.layers.1.self_attn.v_proj": (12, 24)}
+"""Two of the adapted modules, (out, in)."""
+
+
+def products(rank: int, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: (torch.randn(out, rank, generator=generator) * 0.1, torch.randn(rank, features, generator=generator))
+        for path, (out, features) in MODULES.items()
+    }
+
+
+def logits_with(factors: Mapping[str, Tensor], scaling: float, *rounds: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits of the plain model with everything added to its weights."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for path in (name.split(":")[1] for name in factors if name.startswith("a:")):
+            model.get_parameter(f"{path}.weight").add_(factors[f"b:{path}"] @ factors[f"a:{path}"], alpha=scaling)
+        for left, right, path in ((*pair, path) for added in rounds for path, pair in added.items()):
+            model.get_parameter(f"{path}.weight").add_(left @ right)
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+@pytest.mark.parametrize("rank", [3, 15], ids=["factors", "matrices"])
+def test_a_served_model_is_the_plain_one_with_everything_added_to_its_weights(rank: int) -> None:
+    resident = llama()
+    earlier, last = products(rank), products(1, seed=1)
+    extra = advance_deltas(advance_deltas({}, earlier), last)
+    assert any("full" in name for name in extra) == (rank == 15)
+    for size in (LoraSize(4, 0.8), LoraSize(2, 1.7)):
+        factors = random_factors_of(resident, size.rank)
+        resident.serve(factors, size=size, base_deltas=extra)
+        expected = logits_with(factors, size.scaling, earlier, last)
+        torch.testing.assert_close(resident.model(input_ids=IDS).logits, expected, rtol=0, atol=2e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(resident.model(input_ids=IDS).logits, expected, rtol=0, atol=2e-5)
+    assert float((expected - logits_with(factors, 1.7)).abs().max()) > 0.01
+
+
+def random_factors_of(resident: ResidentModel, rank: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return {name: torch.randn(s, generator=generator) * 0.2 for name, s in resident.layout.shapes(rank).items()}
+
+
+def test_whom_the_model_served_before_leaves_no_trace() -> None:
+    # Ranks, gammas and base deltas in any order give the bits of a model that served nobody else.
+    extras = [{}, advance_deltas({}, products(3)), advance_deltas({}, products(15, seed=1))]
+    used = llama()
+    for number, size in enumerate([LoraSize(4, 0.8), LoraSize(2, 1.7), LoraSize(5, 0.3), LoraSize(2, 0.9)] * 2):
+        extra = extras[number % 3]
+        factors = random_factors_of(used, size.rank)
+        used.serve(factors, size=size, base_deltas=extra)
+        fresh = llama()
+        fresh.serve(factors, size=size, base_deltas=extra)
+        assert (used.rank, used.scaling) == (size.rank, size.scaling)
+        assert used.model(input_ids=IDS).logits.equal(fresh.model(input_ids=IDS).logits)
+
+
+def test_no_base_deltas_give_back_the_bits_of_the_plain_model() -> None:
+    resident = llama()
+    plain = tiny_llama()(input_ids=IDS).logits
+    for rank in (3, 15):
+        resident.set_base_deltas(advance_deltas({}, products(rank)))
+        assert not resident.model(input_ids=IDS).logits.equal(plain)
+        resident.set_base_deltas({})
+        assert resident.model(input_ids=IDS).logits.equal(plain)
+
+
+def test_the_same_base_deltas_again_compute_nothing() -> None:
+    resident = llama()
+    extra = advance_deltas(advance_deltas({}, products(15)), products(1, seed=1))
+    with CopyCounter() as first:
+        resident.set_base_deltas(extra)
+    with CopyCounter() as again:
+        resident.set_base_deltas(dict(extra))
+    others = {name: tensor.clone() for name, tensor in extra.items()}
+    with CopyCounter() as equal_but_others:
+        resident.set_base_deltas(others)
+    assert len(first.bytes_written) == len(equal_but_others.bytes_written) > 0
+    assert again.bytes_written == []
+    logits = resident.model(input_ids=IDS).logits
+    name = next(name for name in extra if name.startswith("fresh_left"))
+    resident.set_base_deltas(others | {name: 2 * others[name]})
+    assert not resident.model(input_ids=IDS).logits.equal(logits)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "message"),
+    [
+        ("model.layers.0.mlp.up_proj", (40, 24), "model.layers.0.mlp.up_proj: a base delta of a module that is not"),
+        ("nowhere", (24, 24), "nowhere: a base delta of a module that is not adapted"),
+        ("model.layers.0.self_attn.v_proj", (24, 12), r"v_proj: a base delta \(24, 12\); expected \(12, 24\)"),
+    ],
+)
+@pytest.mark.parametrize("rank", [1, 24], ids=["factors", "matrix"])
+def test_base_deltas_that_do_not_fit_are_refused(path: str, shape: tuple[int, int], message: str, rank: int) -> None:
+    extra = advance_deltas({}, {path: (torch.ones(shape[0], rank), torch.ones(rank, shape[1]))})
+    with pytest.raises(AdapterError, match=message):
+        llama().set_base_deltas(extra)
+
+
+def test_gradients_and_steps_are_those_of_a_model_with_the_corrected_weights() -> None:
+    merged = tiny_llama()
+    added = products(3)
+    with torch.no_grad():
+        for path, (left, right) in added.items():
+            merged.get_parameter(f"{path}.weight").add_(left @ right)
+    expected = adapt(merged, target_modules="default", rank=4)
+    expected.scaling = 0.8
+    resident = llama()
+    resident.set_base_deltas(advance_deltas({}, added))
+    for model in (resident, expected):
+        model.load(random_factors(model))
+        loss_of(model).backward()
+    for part in (Part.A, Part.B):
+        largest = float(expected.flat_grad(part).abs().max())
+        torch.testing.assert_close(resident.flat_grad(part), expected.flat_grad(part), rtol=0, atol=1e-5 * largest)
 
 
 class CopyCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
