@@ -27,6 +27,19 @@ def test_the_causal_loss_is_that_of_the_model_itself_times_its_tokens() -> None:
     assert ours.predictions is None
 
 
+def test_the_causal_loss_of_each_example_is_that_of_the_example_alone() -> None:
+    model, data = tiny_llama(), random_text(9)
+    ours = batch_loss(model, collate(data, range(9), pad_token_id=PAD), "causal-lm", CPU)
+    assert ours.per_example.shape == (9,)
+    assert ours.total.equal(ours.per_example.sum())
+    for index, found in enumerate(ours.per_example.tolist()):
+        alone = collate(data, [index], pad_token_id=PAD)
+        with torch.no_grad():
+            logits = model(input_ids=alone.input_ids).logits
+        expected = cross_entropy(logits[0, :-1], alone.labels[0, 1:], reduction="sum")
+        assert found == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_the_causal_loss_by_hand() -> None:
     # Uniform logits cost log(vocabulary) at every labelled token, and only there.
     model = tiny_llama()
@@ -53,6 +66,8 @@ def test_classification_sums_over_examples_and_predicts_the_largest_logit() -> N
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert loss.count == 9
     assert float(loss.total.detach()) == pytest.approx(float(cross_entropy(logits, batch.labels)) * 9, rel=1e-6)
+    assert torch.allclose(loss.per_example, cross_entropy(logits, batch.labels, reduction="none"), rtol=1e-6)
+    assert loss.total.equal(loss.per_example.sum())
     assert loss.predictions is not None
     assert loss.predictions.tolist() == logits.numpy().argmax(1).tolist()
 

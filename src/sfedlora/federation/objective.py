@@ -1,4 +1,4 @@
-"""The loss of a batch, as a sum, so that means over any set of examples are exact."""
+"""The loss of a batch, as sums over its examples, so that means over any set of examples are exact."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sfedlora.data.encoded import Batch
+from sfedlora.federation.label_head import label_losses
 
 __all__ = ["BatchLoss", "Task", "batch_loss"]
 
 Task = Literal["causal-lm", "sequence-classification"]
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,30 @@ class BatchLoss:
     """Cross-entropy of one batch.
 
     Attributes:
-        total: sum over labelled tokens or examples, float32, a scalar that carries the gradient.
+        total: sum over labelled tokens or examples, float32, a scalar that carries the gradient; `per_example` summed.
         count: labelled tokens or examples.
         predictions: (batch,) predicted class ids for classification, else None.
+        per_example: (batch,) float32, the sum over each example's labelled tokens, or its loss for classification; it
+            carries the gradient too. Clients stacked in one batch weight its groups each by its own count.
     """
 
     total: Tensor
     count: int
     predictions: Tensor | None
+    per_example: Tensor
 
 
 def batch_loss(model: PreTrainedModel, batch: Batch, task: Task, device: torch.device) -> BatchLoss:
-    """Run the model on a batch and sum its cross-entropy in float32."""
-    labels = batch.labels.to(device)
+    """Run the model on a batch and sum its cross-entropy in float32.
+
+    Causal-lm: only labelled positions reach the output head, a chunk at a time (`label_head`).
+    """
     inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     if batch.token_type_ids is not None:
         inputs["token_type_ids"] = batch.token_type_ids.to(device)
     if task == "causal-lm":
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        targets = labels[:, 1:]
-        labelled = targets != IGNORED
-        total = functional.cross_entropy(logits[labelled].float(), targets[labelled], reduction="sum")
-        return BatchLoss(total, batch.num_labels, None)
+        per_example = label_losses(model, inputs, batch.labels).sum(dim=1)
+        return BatchLoss(per_example.sum(), batch.num_labels, None, per_example)
     logits = model(**inputs).logits
-    total = functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return BatchLoss(total, batch.num_labels, logits.detach().argmax(dim=-1))
+    per_example = functional.cross_entropy(logits.float(), batch.labels.to(device), reduction="none")
+    return BatchLoss(per_example.sum(), batch.num_labels, logits.detach().argmax(dim=-1), per_example)
