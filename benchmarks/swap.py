@@ -25,7 +25,7 @@ import torch
 from sfedlora import RunConfig
 from sfedlora.data.batches import plan_local_batches
 from sfedlora.data.encoded import Batch, collate
-from sfedlora.federation.client import ClientWork, LocalTraining, train_client
+from sfedlora.federation.client import ClientWork, LocalTraining, TrainingSetup, train_client
 from sfedlora.federation.objective import batch_loss
 from sfedlora.federation.state import Federation, initial_state, starting_adapter
 from sfedlora.seeds import derive_seed
@@ -102,7 +102,7 @@ def _work(federation: Federation, client_id: str, round_num: int) -> ClientWork:
         round_num=round_num,
         start=starting_adapter(federation, initial_state(federation), client_id),
         trained=federation.method.trained_parts(1),
-        scaling=federation.scaling,
+        size=federation.sizes.server,
         learning_rate=LEARNING_RATE,
         indices=federation.participants[client_id],
         optimizer_state={},
@@ -110,15 +110,10 @@ def _work(federation: Federation, client_id: str, round_num: int) -> ClientWork:
 
 
 def _whole(federation: Federation, client_id: str, round_num: int) -> None:
-    train_client(
-        federation.resident,
-        federation.data,
-        _work(federation, client_id, round_num),
-        TRAINING,
-        task="causal-lm",
-        pad_token_id=federation.pad_token_id,
-        seed=federation.seed,
+    setup = TrainingSetup(
+        federation.resident, federation.data, TRAINING, "causal-lm", federation.pad_token_id, federation.seed
     )
+    train_client(setup, _work(federation, client_id, round_num))
 
 
 def _batches(federation: Federation, client_id: str, round_num: int) -> list[Batch]:
@@ -131,14 +126,14 @@ def _batches(federation: Federation, client_id: str, round_num: int) -> list[Bat
         local_epochs=None,
         accumulation=1,
         seed=derive_seed(federation.seed, "batches", client_id, round_num),
+        order_seed=derive_seed(federation.seed, "order of batches", round_num),
     )
     return [collate(federation.data, batch, pad_token_id=federation.pad_token_id) for (batch,) in plan]
 
 
 def _swap(federation: Federation, client_id: str, round_num: int) -> None:
     resident, work = federation.resident, _work(federation, client_id, round_num)
-    resident.load(work.start)
-    resident.scaling = work.scaling
+    resident.serve(work.start, size=work.size, base_deltas=work.base_deltas)
     resident.set_trained(work.trained)
     torch.optim.AdamW([resident.flat(part) for part in sorted(work.trained)], lr=work.learning_rate, fused=True)
     plan_local_batches(

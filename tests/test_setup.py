@@ -30,8 +30,8 @@ def test_every_auto_is_resolved() -> None:
     assert (config.lora.init, config.method.head, config.runner, config.clients_per_batch) == (
         "independent",
         "personal",
-        "serial",
-        1,
+        "batched",
+        5,
     )
     assert (config.model.dtype, config.device, config.threads) == ("float32", "cpu", 1)
     assert (config.partition.num_clients, config.evaluation.clients) == (8, "all")

@@ -14,7 +14,7 @@ from federation.peft_oracle import Example, PlainLoop, Trained, wrap
 from sfedlora.data.batches import plan_local_batches
 from sfedlora.data.encoded import EncodedData
 from sfedlora.errors import ClientError
-from sfedlora.federation.client import ClientOutcome, ClientWork, LocalTraining, train_client
+from sfedlora.federation.client import ClientOutcome, ClientWork, LocalTraining, TrainingSetup, train_client
 from sfedlora.federation.objective import Task
 from sfedlora.seeds import derive_seed
 from sfedlora.types import LoraSize, Part, Tensors, part_of, path_of, select_parts
@@ -93,7 +93,7 @@ def work_of(
 
 def train(task: Task, training: LocalTraining, work: ClientWork) -> ClientOutcome:
     resident = adapted(task, rank=RANK)
-    return train_client(resident, DATA[task], work, training, task=task, pad_token_id=PAD, seed=SEED)
+    return train_client(TrainingSetup(resident, DATA[task], training, task, PAD, SEED), work)
 
 
 def examples(task: Task, training: LocalTraining, round_num: int = 1) -> list[list[list[Example]]]:
@@ -107,6 +107,7 @@ def examples(task: Task, training: LocalTraining, round_num: int = 1) -> list[li
         local_epochs=training.local_epochs,
         accumulation=training.accumulation,
         seed=derive_seed(SEED, "batches", "ann", round_num),
+        order_seed=derive_seed(SEED, "order of batches", round_num),
     )
     labels = data.labels if data.label_starts is None else data.label_starts
     assert labels is not None
@@ -225,7 +226,7 @@ def test_an_outcome_depends_on_its_own_work_only(task: Task) -> None:
     resident = adapted(task, rank=RANK)
 
     def run(work: ClientWork) -> ClientOutcome:
-        return train_client(resident, DATA[task], work, ADAMW, task=task, pad_token_id=PAD, seed=SEED)
+        return train_client(TrainingSetup(resident, DATA[task], ADAMW, task, PAD, SEED), work)
 
     run(replace(work_of(task, ADAMW, frozenset({Part.B, Part.HEAD})), client_id="bob", size=LoraSize(RANK, 9.0)))
     with pytest.raises(ClientError):
@@ -240,7 +241,7 @@ def test_work_is_not_mutated_and_outcomes_are_copies() -> None:
     work = work_of("causal-lm", SGD)
     before = {name: tensor.clone() for name, tensor in work.start.items()}
     resident = adapted(rank=RANK)
-    outcome = train_client(resident, DATA["causal-lm"], work, SGD, task="causal-lm", pad_token_id=PAD, seed=SEED)
+    outcome = train_client(TrainingSetup(resident, DATA["causal-lm"], SGD, "causal-lm", PAD, SEED), work)
     kept = {name: tensor.clone() for name, tensor in outcome.tensors.items()}
     resident.flat(Part.A).fill_(0.0)
     resident.flat(Part.B).fill_(0.0)
@@ -270,7 +271,7 @@ def test_dropout_is_drawn_from_seeds_and_only_while_training(task: Task) -> None
 
     def run(seed: int) -> Tensors:
         work = work_of(task, SGD)
-        return train_client(resident, DATA[task], work, SGD, task=task, pad_token_id=PAD, seed=seed).tensors
+        return train_client(TrainingSetup(resident, DATA[task], SGD, task, PAD, seed), work).tensors
 
     one = run(SEED)
     torch.manual_seed(99)

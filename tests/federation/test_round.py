@@ -17,7 +17,7 @@ from torch import Tensor
 from federation.peft_oracle import Example, PlainLoop, batch_nll, wrap
 from sfedlora.data.batches import plan_local_batches
 from sfedlora.errors import ClientError, RunError
-from sfedlora.federation.client import ClientOutcome, ClientWork, train_client
+from sfedlora.federation.client import ClientOutcome, ClientWork, TrainingSetup, train_client
 from sfedlora.federation.round import (
     ClientTrained,
     RoundFinished,
@@ -206,6 +206,7 @@ def examples_of(federation: Federation, client_id: str, round_num: int) -> list[
         local_epochs=None,
         accumulation=1,
         seed=derive_seed(federation.seed, "batches", client_id, round_num),
+        order_seed=derive_seed(federation.seed, "order of batches", round_num),
     )
     plain = [Example(data.example_tokens(i).tolist(), int(start)) for i, start in enumerate(data.label_starts)]
     return [[[plain[index] for index in batch] for batch in step] for step in steps]
@@ -231,9 +232,8 @@ def test_b_of_a_client_is_what_it_gets_alone_against_the_recorded_broadcasts(coh
                 indices=alone.splits[client_id].train,
                 optimizer_state={},
             )
-            outcome = train_client(
-                alone.resident, alone.data, work, TRAINING, task="causal-lm", pad_token_id=PAD, seed=alone.seed
-            )
+            setup = TrainingSetup(alone.resident, alone.data, TRAINING, "causal-lm", PAD, alone.seed)
+            outcome = train_client(setup, work)
             own = select_parts(outcome.tensors, [Part.B])
         took_part = any(client_id in record["cohort"] for record in ran.records)
         assert took_part == (client_id in ran.states[-1].personal)
@@ -390,7 +390,7 @@ def test_a_client_that_torch_refuses_is_excluded_with_the_first_line() -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     longer = replace(data, tokens=np.full(offsets[-1], 5, dtype=np.int32), offsets=offsets)
     assert isinstance(federation.runner, SerialRunner)
-    changed = replace(federation, data=longer, runner=replace(federation.runner, data=longer))
+    changed = replace(federation, data=longer, runner=SerialRunner(replace(federation.runner.setup, data=longer)))
     *_, last = run_rounds(changed, initial_state(changed))
     assert isinstance(last, RoundFinished)
     assert list(last.record["excluded"]) == ["b"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sfedlora.data.encoded import EncodedData
 from sfedlora.data.partition import ClientSplit
-from sfedlora.federation.client import LocalTraining
+from sfedlora.federation.client import LocalTraining, TrainingSetup
 from sfedlora.federation.evaluate import EvalBatching
 from sfedlora.federation.initialize import Initialization, form_initial_a
 from sfedlora.federation.objective import Task
@@ -137,7 +137,7 @@ def tiny_federation(
     chosen = make_method(method, head) if isinstance(method, str) else method
     return Federation(
         resident=resident,
-        runner=SerialRunner(resident, data, training, task, PAD, seed),
+        runner=SerialRunner(TrainingSetup(resident, data, training, task, PAD, seed)),
         method=chosen,
         data=data,
         splits=splits,

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from sfedlora.data.encoded import EncodedData
 from sfedlora.data.partition import ClientSplit
-from sfedlora.federation.client import LocalTraining
+from sfedlora.federation.client import LocalTraining, TrainingSetup
 from sfedlora.federation.evaluate import EvalBatching
 from sfedlora.federation.initialize import Initialization, form_initial_a
 from sfedlora.federation.runners.serial import SerialRunner
@@ -127,7 +127,7 @@ def linear_federation(
     training = LocalTraining("sgd", 1.0, 0.0, 10**6, 1, 5, None, None, keep_optimizer_state=False)
     return Federation(
         resident=resident,
-        runner=SerialRunner(resident, task.data, training, "sequence-classification", 0, seed),
+        runner=SerialRunner(TrainingSetup(resident, task.data, training, "sequence-classification", 0, seed)),
         method=make_method("fedsa"),
         data=task.data,
         splits=task.splits,

@@ -41,6 +41,7 @@ OVERRIDE_LINE = 0
 LONGEST_VALUE = 120
 """Characters of a wrong value that a message repeats."""
 HETEROGENEOUS_METHODS = tuple(name for name in METHODS if make_method(name).traits.heterogeneous_ranks)
+LARGEST_STACK = 1024
 LARGEST_THREADS = 1024
 """More cannot be started on most systems, which ends the process."""
 
@@ -67,10 +68,12 @@ class RunConfig(Section):
     privacy: PrivacySection = PrivacySection()
     robust: Literal["none"] = "none"
     """Robust aggregation: none in this version."""
-    runner: Literal["auto", "serial"] = "auto"
-    """How a cohort is executed on this machine. auto is serial in this version."""
-    clients_per_batch: Literal["auto", 1] = "auto"
-    """Clients in one forward pass. auto is 1 in this version."""
+    runner: Literal["auto", "serial", "batched"] = "auto"
+    """How a cohort is executed on this machine. serial: one client after the other. batched: several clients in one
+    forward pass over the shared base. auto: batched where `clients_per_batch` comes out above 1."""
+    clients_per_batch: Literal["auto"] | Annotated[int, Field(ge=1, le=LARGEST_STACK)] = "auto"
+    """Clients in one forward pass of the batched runner. auto: as many as keep a forward pass under a token cap of the
+    device, by batch size and median length; 1 where stacking does not pay."""
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N."""
     threads: Annotated[Count, Field(le=LARGEST_THREADS)] | None = None
@@ -142,6 +145,13 @@ class RunConfig(Section):
                 f"rounds.server_optimizer: {self.rounds.server_optimizer} steps along the change of the factors from "
                 f"round to round, which method {self.method.name!r} does not have; use none"
             )
+        if self.runner == "serial" and self.clients_per_batch not in ("auto", 1):
+            raise ValueError(
+                f"clients_per_batch: {self.clients_per_batch} clients in one forward pass need runner: batched, got "
+                "runner: serial"
+            )
+        if self.runner == "batched" and self.clients_per_batch == 1:
+            raise ValueError("clients_per_batch: 1 is what runner: serial does; give at least 2, auto, or that runner")
         if self.local.warmup_rounds > self.rounds.num_rounds:
             raise ValueError(
                 f"local.warmup_rounds is {self.local.warmup_rounds} but there are {self.rounds.num_rounds} rounds"

@@ -7,7 +7,7 @@ Here: the flat storage of token ids and `collate`. Not here: tokenising (`encode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfedlora.errors import DataError
 
-__all__ = ["IGNORED_LABEL", "Batch", "EncodedData", "collate"]
+__all__ = ["IGNORED_LABEL", "Batch", "EncodedData", "GroupedBatch", "collate", "collate_groups"]
 
 IGNORED_LABEL = -100
 
@@ -111,6 +111,64 @@ def collate(encoded: EncodedData, indices: Sequence[int] | NDArray[np.int64], *,
         num_padded=input_ids.size - num_tokens,
         num_labels=int(encoded.num_label_tokens[chosen].sum()),
         token_type_ids=_token_types(encoded, chosen, real),
+    )
+
+
+@dataclass(frozen=True)
+class GroupedBatch:
+    """The batches of several clients, each padded to the same rows and tokens, one after the other.
+
+    Attributes:
+        joined: the whole, (groups * rows, tokens). Rows that are padding hold one masked-in pad token and no label.
+        own_shapes: (rows, tokens) of each group by itself.
+        padded_shape: (rows, tokens) of every group here.
+    """
+
+    joined: Batch
+    own_shapes: tuple[tuple[int, int], ...]
+    padded_shape: tuple[int, int]
+
+
+def collate_groups(encoded: EncodedData, groups: Sequence[NDArray[np.int64]], *, pad_token_id: int) -> GroupedBatch:
+    """Pad the examples of each group to one batch of equal groups; a group may be empty.
+
+    Args:
+        encoded: all examples.
+        groups: positions in `encoded`; at least one position in all.
+        pad_token_id: id at the pad positions.
+
+    Raises:
+        DataError: no positions at all.
+    """
+    own = tuple((len(group), int(encoded.lengths[group].max()) if len(group) else 0) for group in groups)
+    rows = max(shape[0] for shape in own)
+    batch = collate(encoded, np.concatenate(groups), pad_token_id=pad_token_id)
+    tokens = batch.input_ids.shape[1]
+    if any(shape[0] < rows for shape in own):
+        batch = _with_empty_rows(batch, [len(group) for group in groups], rows, pad_token_id)
+    return GroupedBatch(batch, own, (rows, tokens))
+
+
+def _with_empty_rows(batch: Batch, sizes: Sequence[int], rows: int, pad_token_id: int) -> Batch:
+    """Rows without labels after each group of a batch, up to a common number."""
+    real = np.concatenate([np.arange(rows) < size for size in sizes])
+
+    def spread(values: Tensor, fill: int) -> Tensor:
+        padded = torch.full((len(real), *values.shape[1:]), fill, dtype=values.dtype)
+        padded[torch.from_numpy(real)] = values
+        return padded
+
+    attention_mask = spread(batch.attention_mask, 0)
+    attention_mask[~torch.from_numpy(real), 0] = 1  # attention over nothing is not a number
+    token_type_ids = None if batch.token_type_ids is None else spread(batch.token_type_ids, 0)
+    input_ids = spread(batch.input_ids, pad_token_id)
+    return replace(
+        batch,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=spread(batch.labels, IGNORED_LABEL),
+        num_padded=input_ids.numel() - batch.num_tokens,
+        token_type_ids=token_type_ids,
     )
 
 

@@ -1,29 +1,43 @@
-"""Local training of one client: start from an adapter, take K optimizer steps, hand back the trained factors.
+"""Local training: clients start from an adapter, take K optimizer steps, hand back the trained factors.
+
+One client at a time, or several side by side on one frozen base (`train_clients`).
 
 Nothing here knows what is shared: who makes the work names the parts that a proximal term anchors. The resident model
-is overwritten with the client's adapter and left as training left it; the next client overwrites it again.
+is overwritten with the clients' adapters and left as training left it; the next ones overwrite it again.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sfedlora.data.batches import plan_local_batches
-from sfedlora.data.encoded import Batch, EncodedData, collate
+from sfedlora.data.encoded import EncodedData, collate_groups
 from sfedlora.errors import ClientError
 from sfedlora.federation.objective import Task, batch_loss
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.seeds import derive_seed
 from sfedlora.types import LoraSize, Part, Tensors
 
-__all__ = ["ClientOutcome", "ClientWork", "LocalTraining", "TrainMetrics", "train_client"]
+__all__ = [
+    "ClientOutcome",
+    "ClientWork",
+    "LocalTraining",
+    "TrainMetrics",
+    "TrainingSetup",
+    "train_client",
+    "train_clients",
+]
+
+NO_EXAMPLES: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -105,16 +119,26 @@ class ClientOutcome:
     metrics: TrainMetrics
 
 
-def train_client(
-    resident: ResidentModel,
-    data: EncodedData,
-    work: ClientWork,
-    training: LocalTraining,
-    *,
-    task: Task,
-    pad_token_id: int,
-    seed: int,
-) -> ClientOutcome:
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What local training needs besides a client's work; the same for all clients of a run.
+
+    Attributes:
+        resident: the adapted model; it is overwritten.
+        data: all encoded examples.
+        training: hyper-parameters.
+        task, pad_token_id, seed: as named.
+    """
+
+    resident: ResidentModel
+    data: EncodedData
+    training: LocalTraining
+    task: Task
+    pad_token_id: int
+    seed: int
+
+
+def train_client(setup: TrainingSetup, work: ClientWork) -> ClientOutcome:
     """Train one client.
 
     With `proximal_mu` above 0 the objective is loss + mu / 2 ||theta - theta_start||^2 over the anchored parts
@@ -123,59 +147,165 @@ def train_client(
     Raises:
         ClientError: the loss, a gradient or a trained factor is NaN or infinite.
     """
-    resident.serve(work.start, size=work.size, base_deltas=work.base_deltas)
-    resident.set_trained(work.trained)
-    anchors = {part: resident.flat(part).clone() for part in work.anchored & work.trained if training.proximal_mu > 0}
-    optimizer = _FlatOptimizer(resident, work, training)
-    steps = plan_local_batches(
-        data.lengths,
+    [result] = train_clients(setup, [work])
+    if isinstance(result, ClientError):
+        raise result
+    return result
+
+
+def train_clients(setup: TrainingSetup, works: Sequence[ClientWork]) -> list[ClientOutcome | ClientError]:
+    """Train several clients of one round side by side, their batches stacked to one forward pass per step.
+
+    Every client computes what it computes alone, apart from the order of summation inside matrix products: its own
+    batches, mean loss, gradient norms, clipping, optimizer with its own step count, dropout masks. Clients with fewer
+    steps drop out early; one whose numbers are no longer finite is no longer updated.
+
+    Args:
+        setup: model, data and hyper-parameters.
+        works: the clients' work; all of one round, with the same trained parts and base deltas.
+
+    Returns:
+        An outcome or an error for each, in the order of `works`.
+    """
+    resident = setup.resident
+    steps = [_plan(setup, work) for work in works]
+    order = sorted(range(len(works)), key=lambda index: -len(steps[index]))  # those that end early come last
+    ordered = [works[index] for index in order]
+    resident.serve_stack(
+        [work.start for work in ordered], sizes=[work.size for work in ordered], base_deltas=works[0].base_deltas
+    )
+    resident.set_trained(works[0].trained)
+    running = [_Running(setup, works[index], steps[index], slot) for slot, index in enumerate(order)]
+    try:
+        for step in range(len(running[0].steps)):
+            active = [client for client in running if step < len(client.steps)]
+            if len(active) < len(running):
+                resident.set_active(len(active))
+            _accumulate_gradients(setup, active, step)
+            for client in active:
+                client.take_step(step)
+    finally:
+        resident.dropout.seeds = resident.dropout.own_shapes = None
+    finished = {running[slot].work.client_id: running[slot].finish() for slot in range(len(order))}
+    return [finished[work.client_id] for work in works]
+
+
+def _plan(setup: TrainingSetup, work: ClientWork) -> list[list[NDArray[np.int64]]]:
+    training = setup.training
+    return plan_local_batches(
+        setup.data.lengths,
         np.asarray(work.indices, dtype=np.int64),
         batch_size=training.batch_size,
         local_steps=training.local_steps,
         local_epochs=training.local_epochs,
         accumulation=training.accumulation,
-        seed=derive_seed(seed, "batches", work.client_id, work.round_num),
+        seed=derive_seed(setup.seed, "batches", work.client_id, work.round_num),
+        order_seed=derive_seed(setup.seed, "order of batches", work.round_num),
     )
-    loss_sum, label_count, tokens, padded = 0.0, 0, 0, 0
-    norms: dict[Part, float] = {}
-    try:
-        for step, micro_batches in enumerate(steps):
-            batches = [collate(data, indices, pad_token_id=pad_token_id) for indices in micro_batches]
-            loss_sum += _step_gradients(resident, batches, work, task=task, step=step, seed=seed)
-            label_count += sum(batch.num_labels for batch in batches)
-            tokens += sum(batch.num_tokens for batch in batches)
-            padded += sum(batch.num_padded for batch in batches)
-            if step == 0:
-                norms = {part: float(torch.linalg.vector_norm(resident.flat_grad(part))) for part in work.trained}
-            _require_finite(math.isfinite(loss_sum), "the training loss", work, step)
-            _require_finite(all(map(math.isfinite, norms.values())), "the gradient", work, step)
-            for part, anchor in anchors.items():
-                resident.flat_grad(part).add_(resident.flat(part) - anchor, alpha=training.proximal_mu)
-            _require_finite(math.isfinite(optimizer.clip()), "the gradient", work, step)
-            optimizer.step()
-    finally:
-        resident.dropout.seeds = None
-    tensors = resident.read(work.trained)
-    finite = all(bool(torch.isfinite(resident.flat(part)).all()) for part in work.trained)
-    _require_finite(finite, "a trained factor or its gradient", work, len(steps) - 1, when="at or before")
-    metrics = TrainMetrics(loss_sum / label_count, norms.get(Part.A), norms.get(Part.B), tokens, padded, len(steps))
-    state = {**work.optimizer_state, **optimizer.state()} if training.keep_optimizer_state else {}
-    return ClientOutcome(work.client_id, work.round_num, len(work.indices), tensors, state, metrics)
 
 
-def _step_gradients(
-    resident: ResidentModel, batches: Sequence[Batch], work: ClientWork, *, task: Task, step: int, seed: int
-) -> float:
-    """Accumulate the gradient of the mean loss over all micro-batches of one step; return the summed loss."""
+def _accumulate_gradients(setup: TrainingSetup, active: Sequence[_Running], step: int) -> None:
+    """The gradient of each client's mean loss over all micro-batches of one step."""
+    resident = setup.resident
     resident.zero_grad()
-    count = sum(batch.num_labels for batch in batches)
-    summed = 0.0
-    for index, batch in enumerate(batches):
-        resident.dropout.seeds = (derive_seed(seed, "dropout", work.client_id, work.round_num, step, index),)
-        loss = batch_loss(resident.model, batch, task, resident.device)
-        (loss.total / count).backward()  # type: ignore[no-untyped-call]
-        summed += float(loss.total.detach())
-    return summed
+    for client in active:
+        client.begin_step(step)
+    for micro in range(max(len(client.steps[step]) for client in active)):
+        groups = [client.steps[step][micro] if micro < len(client.steps[step]) else NO_EXAMPLES for client in active]
+        batch = collate_groups(setup.data, groups, pad_token_id=setup.pad_token_id)
+        resident.dropout.seeds = tuple(
+            derive_seed(setup.seed, "dropout", client.work.client_id, client.work.round_num, step, micro)
+            for client in active
+        )
+        resident.dropout.own_shapes = batch.own_shapes if len(active) > 1 else None
+        resident.dropout.padded_shape = batch.padded_shape
+        loss = batch_loss(resident.model, batch.joined, setup.task, resident.device)
+        sums = loss.per_example.view(len(active), -1).sum(dim=1)
+        counts = torch.tensor([client.step_labels for client in active], dtype=sums.dtype, device=sums.device)
+        _backward((sums / counts).sum())
+        for client, group, value in zip(active, groups, sums.tolist(), strict=True):
+            client.note_batch(group, value, num_computed=math.prod(batch.padded_shape))
+
+
+def _backward(loss: Tensor) -> None:
+    """Backward; a stack's parameters are views with gaps, of which autograd says once that denser ones are faster."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract", UserWarning)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+class _Running:
+    """One client while it trains: its slot of the resident model, its optimizer, and what was measured so far."""
+
+    def __init__(self, setup: TrainingSetup, work: ClientWork, steps: list[list[NDArray[np.int64]]], slot: int) -> None:
+        self.work, self.steps, self.slot = work, steps, slot
+        self.step_labels = 0
+        self._setup, self._resident = setup, setup.resident
+        self._parts = sorted(work.trained)
+        mu = setup.training.proximal_mu
+        self._anchors = {part: self._flat(part).clone() for part in work.anchored & work.trained if mu > 0}
+        self._optimizer = _FlatOptimizer(self._resident, work, setup.training, slot)
+        self._norms: dict[Part, float] = {}
+        self._loss_sum, self._label_count, self._tokens, self._padded = 0.0, 0, 0, 0
+        self._error: ClientError | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Count the labels that the mean loss of a step is taken over."""
+        labels = self._setup.data.num_label_tokens
+        self.step_labels = sum(int(labels[indices].sum()) for indices in self.steps[step])
+
+    def note_batch(self, indices: NDArray[np.int64], loss_sum: float, *, num_computed: int) -> None:
+        """Add one micro-batch to what is measured; `num_computed` counts its positions, padding included."""
+        num_tokens = int(self._setup.data.lengths[indices].sum())
+        self._loss_sum += loss_sum
+        self._tokens += num_tokens
+        self._padded += num_computed - num_tokens
+
+    def take_step(self, step: int) -> None:
+        """Check, clip and apply the gradients of a step; a client that failed stays as it is."""
+        if self._error is not None:
+            return
+        try:
+            self._label_count += self.step_labels
+            if step == 0:
+                self._norms = {part: float(torch.linalg.vector_norm(self._grad(part))) for part in self._parts}
+            _require_finite(math.isfinite(self._loss_sum), "the training loss", self.work, step)
+            _require_finite(all(map(math.isfinite, self._norms.values())), "the gradient", self.work, step)
+            for part, anchor in self._anchors.items():
+                self._grad(part).add_(self._flat(part) - anchor, alpha=self._setup.training.proximal_mu)
+            _require_finite(math.isfinite(self._optimizer.clip()), "the gradient", self.work, step)
+            self._optimizer.step()
+        except ClientError as error:
+            self._error = error
+
+    def finish(self) -> ClientOutcome | ClientError:
+        """The outcome, or what went wrong."""
+        work, keep = self.work, self._setup.training.keep_optimizer_state
+        if self._error is not None:
+            return self._error
+        try:
+            finite = all(bool(torch.isfinite(self._flat(part)).all()) for part in self._parts)
+            what = "a trained factor or its gradient"
+            _require_finite(finite, what, work, len(self.steps) - 1, when="at or before")
+        except ClientError as error:
+            return error
+        metrics = TrainMetrics(
+            self._loss_sum / self._label_count,
+            self._norms.get(Part.A),
+            self._norms.get(Part.B),
+            self._tokens,
+            self._padded,
+            len(self.steps),
+        )
+        state = {**work.optimizer_state, **self._optimizer.state()} if keep else {}
+        tensors = self._resident.read(work.trained, self.slot)
+        return ClientOutcome(work.client_id, work.round_num, len(work.indices), tensors, state, metrics)
+
+    def _flat(self, part: Part) -> Tensor:
+        return self._resident.flat(part, self.slot)
+
+    def _grad(self, part: Part) -> Tensor:
+        return self._resident.flat_grad(part, self.slot)
 
 
 def _require_finite(finite: bool, what: str, work: ClientWork, step: int, *, when: str = "at") -> None:
@@ -190,14 +320,15 @@ def _require_finite(finite: bool, what: str, work: ClientWork, step: int, *, whe
 class _FlatOptimizer:
     """One torch optimizer over the flat buffers: one tensor per trained part, whatever the number of layers."""
 
-    def __init__(self, resident: ResidentModel, work: ClientWork, training: LocalTraining) -> None:
+    def __init__(self, resident: ResidentModel, work: ClientWork, training: LocalTraining, slot: int) -> None:
         self._params: dict[Part, nn.Parameter] = {}
         groups = []
         for part in sorted(work.trained):
-            if resident.flat(part).numel() == 0:
+            flat = resident.flat(part, slot)
+            if flat.numel() == 0:
                 continue
-            param = nn.Parameter(resident.flat(part), requires_grad=True)
-            param.grad = resident.flat_grad(part)
+            param = nn.Parameter(flat, requires_grad=True)
+            param.grad = resident.flat_grad(part, slot)
             ratio = training.learning_rate_a_ratio if part is Part.A else 1.0
             groups.append({"params": [param], "lr": work.learning_rate * ratio})
             self._params[part] = param

@@ -71,7 +71,16 @@ def adapt(
         _cast_around_head(model, head_paths)
     model.eval()
     layout = AdapterLayout(targets, {path: tuple(p.shape) for path, p in head.items()}, tuple(head_modules))
-    return ResidentModel(model, layout, rank, layers=layers, dropout=state, target_suffixes=suffixes, device=device)
+    return ResidentModel(
+        model,
+        layout,
+        rank,
+        layers=layers,
+        head_paths=head_paths,
+        dropout=state,
+        target_suffixes=suffixes,
+        device=device,
+    )
 
 
 def _wrap(model: nn.Module, target: Target, rank: int, dropout: float, state: DropoutState) -> LoraLinear:

@@ -12,6 +12,7 @@ Not here: which modules are wrapped and where A and B live in memory (`inject`),
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from sfedlora.errors import AdapterError, ModelError
 from sfedlora.lora.base_delta import BaseDelta
 from sfedlora.seeds import torch_generator
 
-__all__ = ["DropoutState", "LoraLinear", "SeededDropout", "linear_features", "seeded_dropout"]
+__all__ = ["DropoutState", "LoraLinear", "SeededDropout", "StackedHead", "linear_features", "seeded_dropout"]
 
 _NOT_LINEAR = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
@@ -37,9 +38,14 @@ class DropoutState:
         seeds: one seed per client of the stack (one seed for a single client), or None for no dropout. Whoever trains
             sets it before every forward, from (client, round, step, micro-batch), and leaves it unchanged until the
             backward has ended; gradient checkpointing draws the same masks again.
+        own_shapes: (rows, tokens) of each client's own batch inside a stack that pads them to common ones; None where
+            nothing is padded.
+        padded_shape: (rows, tokens) of every client's share of that stack.
     """
 
     seeds: tuple[int, ...] | None = None
+    own_shapes: tuple[tuple[int, int], ...] | None = None
+    padded_shape: tuple[int, int] = (0, 0)
 
 
 class LoraLinear(nn.Module):
@@ -47,13 +53,15 @@ class LoraLinear(nn.Module):
 
     The order of operations and the dtype rules are stock PEFT's: x is cast to the dtype of A, the sum is cast back to
     the dtype of the base output. A stack computes C clients at once with `bmm`; row block c of the leading (batch)
-    dimension of x belongs to client c, and all blocks have the same size.
+    dimension of x belongs to client c, and all blocks have the same size. Where only the first clients of a stack take
+    part, `num_active` says how many.
 
     Attributes:
         base: the frozen module, always in eval mode.
         a: (rank, in_features), or (C, rank, in_features) for a stack.
         b: (out_features, rank), or (C, out_features, rank) for a stack.
         scaling: gamma; a float, or for a stack optionally a tensor of shape (C,).
+        num_active: how many clients of a stack the next batch is made of, counted from the first; None for all.
     """
 
     a: nn.Parameter
@@ -96,6 +104,7 @@ class LoraLinear(nn.Module):
         self.dropout = dropout
         self.dropout_state = DropoutState() if dropout_state is None else dropout_state
         self.path = path
+        self.num_active: int | None = None
         self._delta: BaseDelta | None = None
         self._merged_weight: Tensor | None = None
         self.set_factors(a, b)
@@ -181,7 +190,7 @@ class LoraLinear(nn.Module):
                 return (result + self._joined_delta(x, self._delta)).to(dtype)
             result = result + self._base_correction(x, self._delta)
         if self.dropout > 0 and self.dropout_state.seeds is not None:
-            x = seeded_dropout(x, self.dropout, self.dropout_state.seeds, self.path)
+            x = _dropout_of(self.dropout_state, x, self.dropout, self.path)
         if self.a.ndim == 2:
             delta = functional.linear(functional.linear(x, self.a), self.b) * self.scaling
         else:
@@ -212,12 +221,17 @@ class LoraLinear(nn.Module):
         return functional.linear(functional.linear(x, delta.right), delta.left)
 
     def _stacked_delta(self, x: Tensor) -> Tensor:
-        num_clients = self.a.shape[0]
-        if x.shape[0] % num_clients:
-            raise AdapterError(f"{self.path}: a batch of {x.shape[0]} rows for a stack of {num_clients} clients")
-        rows = x.reshape(num_clients, -1, self.in_features)
-        delta = torch.bmm(torch.bmm(rows, self.a.transpose(1, 2)), self.b.transpose(1, 2))
-        scaling = self.scaling.view(-1, 1, 1) if isinstance(self.scaling, Tensor) else self.scaling
+        a: Tensor = self.a
+        b: Tensor = self.b
+        scaling = self.scaling
+        if self.num_active is not None and self.num_active < a.shape[0]:
+            a, b = a[: self.num_active], b[: self.num_active]
+            scaling = scaling[: self.num_active] if isinstance(scaling, Tensor) else scaling
+        if x.shape[0] % a.shape[0]:
+            raise AdapterError(f"{self.path}: a batch of {x.shape[0]} rows for a stack of {a.shape[0]} clients")
+        rows = x.reshape(a.shape[0], -1, self.in_features)
+        delta = torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b.transpose(1, 2))
+        scaling = scaling.view(-1, 1, 1) if isinstance(scaling, Tensor) else scaling
         return (delta * scaling).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -226,7 +240,11 @@ class LoraLinear(nn.Module):
 
 
 class SeededDropout(nn.Module):
-    """Takes the place of an `nn.Dropout` in a trained head; active while its `DropoutState` holds seeds."""
+    """Takes the place of an `nn.Dropout` in a trained head; active while its `DropoutState` holds seeds.
+
+    Attributes:
+        slot: the client of the stack whose rows alone it sees, inside a copy of a `StackedHead`; None if it sees all.
+    """
 
     def __init__(self, p: float, state: DropoutState, path: str) -> None:
         """Remember probability, seeds and address; nothing is drawn here."""
@@ -234,15 +252,47 @@ class SeededDropout(nn.Module):
         self.p = p
         self.state = state
         self.path = path
+        self.slot: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop elements of x, (batch, ...); the shape and dtype stay."""
         if self.state.seeds is None or self.p == 0:
             return x
-        return seeded_dropout(x, self.p, self.state.seeds, self.path)
+        return _dropout_of(self.state, x, self.p, self.path, self.slot)
 
 
-def seeded_dropout(x: Tensor, p: float, seeds: tuple[int, ...], path: str) -> Tensor:
+class StackedHead(nn.Module):
+    """C copies of a head module, one per client of a stack; copy c sees the rows of client c.
+
+    Attributes:
+        copies: the modules.
+        num_active: as in `LoraLinear`.
+    """
+
+    def __init__(self, copies: Sequence[nn.Module]) -> None:
+        """Hold the copies, not copied again."""
+        super().__init__()
+        self.copies = nn.ModuleList(copies)
+        self.num_active: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply each copy to its share of x, (batch, ...), batch being a multiple of the number of active clients."""
+        active = self.copies[: self.num_active]
+        if x.shape[0] % len(active):
+            raise AdapterError(f"a head: a batch of {x.shape[0]} rows for a stack of {len(active)} clients")
+        shares = x.chunk(len(active))
+        return torch.cat([copy(share) for copy, share in zip(active, shares, strict=True)])
+
+
+def seeded_dropout(
+    x: Tensor,
+    p: float,
+    seeds: tuple[int, ...],
+    path: str,
+    *,
+    own_shapes: tuple[tuple[int, int], ...] | None = None,
+    padded_shape: tuple[int, int] = (0, 0),
+) -> Tensor:
     """Inverted dropout whose masks depend on the seeds, the address and each client's own shape only.
 
     Masks are drawn on the CPU from `derive_seed(seed, "dropout", path)`, one per client, and then moved, so every
@@ -253,6 +303,8 @@ def seeded_dropout(x: Tensor, p: float, seeds: tuple[int, ...], path: str) -> Te
         p: probability of an element to be dropped, in [0, 1).
         seeds: one seed per group.
         path: address of the layer.
+        own_shapes: (rows, tokens) of each group without its padding; None where nothing is padded.
+        padded_shape: (rows, tokens) of every group.
 
     Returns:
         x with dropped elements at 0 and the others divided by 1 - p.
@@ -262,10 +314,51 @@ def seeded_dropout(x: Tensor, p: float, seeds: tuple[int, ...], path: str) -> Te
     """
     if x.shape[0] % len(seeds):
         raise AdapterError(f"{path}: a batch of {x.shape[0]} rows for {len(seeds)} dropout seeds")
-    own_shape = (x.shape[0] // len(seeds), *x.shape[1:])
-    masks = [torch.rand(own_shape, generator=torch_generator(seed, "dropout", path)) >= p for seed in seeds]
+    shape = (x.shape[0] // len(seeds), *x.shape[1:])
+    shapes = own_shapes or (padded_shape,) * len(seeds)
+    masks = [
+        _mask(shape, padded_shape, own, p, torch_generator(seed, "dropout", path))
+        for seed, own in zip(seeds, shapes, strict=True)
+    ]
     kept = (masks[0] if len(masks) == 1 else torch.cat(masks)).to(x.device)
     return x * kept.to(x.dtype).div_(1 - p)
+
+
+def _dropout_of(state: DropoutState, x: Tensor, p: float, path: str, slot: int | None = None) -> Tensor:
+    """`seeded_dropout` with what the state says now, for all clients of a stack or for the one in a slot."""
+    seeds, shapes = state.seeds or (), state.own_shapes
+    if slot is not None:
+        seeds, shapes = (seeds[slot],), None if shapes is None else (shapes[slot],)
+    return seeded_dropout(x, p, seeds, path, own_shapes=shapes, padded_shape=state.padded_shape)
+
+
+def _mask(
+    shape: tuple[int, ...],
+    padded: tuple[int, int],
+    own: tuple[int, int],
+    p: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """What one client keeps of its share of x: drawn as if its batch stood alone, kept where it is padding.
+
+    Args:
+        shape: of the share: (rows, tokens, ...), (rows * tokens, ...) or (rows, ...).
+        padded: (rows, tokens) of the share.
+        own: (rows, tokens) of the client's own batch.
+        p: probability of an element to be dropped.
+        generator: of the client and layer.
+    """
+    if own == padded:
+        return torch.rand(shape, generator=generator) >= p
+    rows, tokens = padded
+    if shape[:2] == padded or shape[0] == rows * tokens:
+        features = shape[2:] if shape[:2] == padded else shape[1:]
+        kept = torch.ones(rows, tokens, *features, dtype=torch.bool)
+        kept[: own[0], : own[1]] = torch.rand(own[0], own[1], *features, generator=generator) >= p
+    else:
+        kept = torch.ones(shape, dtype=torch.bool)
+        kept[: own[0]] = torch.rand(own[0], *shape[1:], generator=generator) >= p
+    return kept.reshape(shape)
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:

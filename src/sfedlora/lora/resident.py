@@ -8,6 +8,7 @@ Not here: how a model is adapted (`inject`), the layer (`layer`), files (`peft_f
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,8 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sfedlora.errors import AdapterError, ConfigError, ModelError
 from sfedlora.lora.base_delta import BaseDelta, total_deltas
-from sfedlora.lora.layer import DropoutState, LoraLinear
-from sfedlora.types import AdapterLayout, LoraSize, Part, Target, Tensors, part_of, path_of
+from sfedlora.lora.layer import DropoutState, LoraLinear, SeededDropout, StackedHead
+from sfedlora.types import AdapterLayout, LoraSize, Part, Target, Tensors, factor_name, part_of, path_of
 
 __all__ = ["ResidentModel", "owner_of", "warn_about_rank"]
 
@@ -29,11 +30,16 @@ __all__ = ["ResidentModel", "owner_of", "warn_about_rank"]
 class ResidentModel:
     """Owner of the adapted model and of its flat buffers; made by `adapt`.
 
+    It carries the adapter of one client, or a stack of C adapters for a batch made of C equal groups of rows. The
+    adapter of slot c is a flat buffer per part, whatever C is, so an optimizer or a norm of one client never sees that
+    there are others.
+
     Attributes:
         model: the adapted model; call it directly.
         layout: targets and head of the adapter.
         target_suffixes: the shortest list of path suffixes that names exactly the adapted modules.
-        rank: the present rank.
+        rank: the present rank; in a stack the largest, the others are padded with zeros, which training leaves zero.
+        num_clients: C.
         device: where the model and the buffers are.
         dropout: the seeds that all dropout layers read.
     """
@@ -45,6 +51,7 @@ class ResidentModel:
         rank: int,
         *,
         layers: dict[str, LoraLinear],
+        head_paths: Sequence[str],
         dropout: DropoutState,
         target_suffixes: tuple[str, ...],
         device: torch.device,
@@ -54,20 +61,24 @@ class ResidentModel:
         self.layout = layout
         self.target_suffixes = target_suffixes
         self.rank = rank
+        self.num_clients = 1
         self.device = device
         self.dropout = dropout
         self._layers = layers
-        self._flat: dict[Part, Tensor] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
+        self._heads = {path: model.get_submodule(path) for path in head_paths}
+        self._flat: dict[Part, list[Tensor]] = {}
+        self._values: list[dict[str, Tensor]] = [{}]
+        self._parameters: dict[Part, list[nn.Parameter]] = {}
         self._trained = frozenset(Part)
         self._scaling = 1.0
+        self._ranks = [rank]
         self._base_deltas: Tensors = {}
         self._allocate_factors()
-        self._allocate_head()
+        self._allocate_head({name: self._head_value(name) for name in self.layout.shapes(rank, [Part.HEAD])})
 
     @property
     def scaling(self) -> float:
-        """Gamma of every LoRA pair; set it to change all of them."""
+        """Gamma of every LoRA pair; set it to change all of them, in all slots."""
         return self._scaling
 
     @scaling.setter
@@ -76,16 +87,17 @@ class ResidentModel:
         for layer in self._layers.values():
             layer.scaling = self._scaling
 
-    def flat(self, part: Part) -> Tensor:
-        """The values of one part, (num_elements,), float32, laid out as `layout.shapes`; `.grad` is `flat_grad`.
+    def flat(self, part: Part, slot: int = 0) -> Tensor:
+        """The values of one part of one client, (num_elements,), float32, laid out as `layout.shapes`.
 
-        A tensor of length 0 where the model has no such part. Writing to it changes the model.
+        Its `.grad` is `flat_grad`. A tensor of length 0 where the model has no such part. Writing to it changes the
+        model.
         """
-        return self._flat[part]
+        return self._flat[part][slot]
 
-    def flat_grad(self, part: Part) -> Tensor:
-        """The gradients of one part, (num_elements,); backward adds to them in place."""
-        gradient = self._flat[part].grad
+    def flat_grad(self, part: Part, slot: int = 0) -> Tensor:
+        """The gradients of one part of one client, (num_elements,); backward adds to them in place."""
+        gradient = self._flat[part][slot].grad
         if gradient is None:
             raise ModelError(
                 f"the gradient buffer of part {part.value!r} was removed; use zero_grad() of ResidentModel"
@@ -95,40 +107,51 @@ class ResidentModel:
     def zero_grad(self) -> None:
         """Set the gradients of every part to zero, in place."""
         for part in Part:
-            self.flat_grad(part).zero_()
+            for slot in range(self.num_clients):
+                self.flat_grad(part, slot).zero_()
 
     def set_trained(self, parts: Iterable[Part]) -> None:
         """Let backward reach these parts only; the gradients of the others become zero and stay so."""
         self._trained = frozenset(parts)
-        for name, parameter in self._parameters.items():
-            parameter.requires_grad_(part_of(name) in self._trained)
-        for part in Part:
+        for part, parameters in self._parameters.items():
+            for parameter in parameters:
+                parameter.requires_grad_(part in self._trained)
             if part not in self._trained:
-                self.flat_grad(part).zero_()
+                for slot in range(self.num_clients):
+                    self.flat_grad(part, slot).zero_()
 
-    def load(self, tensors: Tensors) -> None:
+    def set_active(self, num_active: int) -> None:
+        """Say that the next batches belong to the first clients of the stack only."""
+        for layer in self._layers.values():
+            layer.num_active = num_active
+        for path in self._heads:
+            head = self.model.get_submodule(path)
+            if isinstance(head, StackedHead):
+                head.num_active = num_active
+
+    def load(self, tensors: Tensors, slot: int = 0) -> None:
         """Copy factors into the model; those not named keep their values.
 
         Args:
             tensors: any subset of the factors, floating point, on any device; not kept.
+            slot: the client of the stack.
 
         Raises:
             AdapterError: an unknown factor, a wrong shape, or a dtype that is not floating point; nothing is copied.
         """
+        rank, values = self._ranks[slot], self._values[slot]
+        shapes = self.layout.shapes(rank)
         for name, tensor in tensors.items():
-            parameter = self._parameters.get(name)
-            if parameter is None:
-                known = ", ".join(list(self._parameters)[:3])
+            if name not in shapes:
+                known = ", ".join(list(shapes)[:3])
                 raise AdapterError(f"{name}: the adapted model has no such factor; it has {known}, ...")
-            if tensor.shape != parameter.shape:
-                raise AdapterError(
-                    f"{name}: shape {tuple(tensor.shape)}; expected {tuple(parameter.shape)} (rank {self.rank})"
-                )
+            if tuple(tensor.shape) != shapes[name]:
+                raise AdapterError(f"{name}: shape {tuple(tensor.shape)}; expected {shapes[name]} (rank {rank})")
             if not tensor.is_floating_point():
                 raise AdapterError(f"{name}: dtype {tensor.dtype}; expected a floating-point dtype")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                self._parameters[name].copy_(tensor)
+                _of_rank(name, values[name], rank).copy_(tensor)
 
     def serve(self, tensors: Tensors, *, size: LoraSize, base_deltas: Tensors) -> None:
         """Become the model of one client: its rank, gamma and factors on the frozen weights with their corrections.
@@ -141,6 +164,28 @@ class ResidentModel:
         self.load(tensors)
         self.scaling = size.scaling
 
+    def serve_stack(self, adapters: Sequence[Tensors], *, sizes: Sequence[LoraSize], base_deltas: Tensors) -> None:
+        """Become the model of several clients at once, in the order given; all of them active.
+
+        Raises:
+            AdapterError: as `load` and `set_base_deltas`.
+        """
+        if len(adapters) == 1:
+            self.serve(adapters[0], size=sizes[0], base_deltas=base_deltas)
+            return
+        self.resize(max(size.rank for size in sizes), num_clients=len(adapters))
+        self._ranks = [size.rank for size in sizes]
+        self.set_base_deltas(base_deltas)
+        for slot, tensors in enumerate(adapters):
+            if self._ranks[slot] < self.rank:
+                self.flat(Part.A, slot).zero_()
+                self.flat(Part.B, slot).zero_()
+            self.load(tensors, slot)
+        gammas = [size.scaling for size in sizes]
+        for layer in self._layers.values():
+            layer.scaling = gammas[0] if len(set(gammas)) == 1 else torch.tensor(gammas, device=self.device)
+        self.set_active(len(adapters))
+
     def set_base_deltas(self, tensors: Tensors) -> None:
         """Correct the frozen weights by base deltas; an empty mapping takes all corrections back.
 
@@ -152,9 +197,8 @@ class ResidentModel:
         Raises:
             AdapterError: a delta of a module that is not adapted, or of another shape.
         """
-        if tensors.keys() == self._base_deltas.keys() and all(
-            self._base_deltas[name] is tensors[name] for name in tensors
-        ):
+        same_names = tensors.keys() == self._base_deltas.keys()
+        if same_names and all(self._base_deltas[name] is tensor for name, tensor in tensors.items()):
             return
         deltas = {path: _moved(delta, self.device) for path, delta in total_deltas(tensors).items()}
         unknown = sorted(deltas.keys() - self._layers.keys())
@@ -164,33 +208,46 @@ class ResidentModel:
             layer.set_delta(deltas.get(path))
         self._base_deltas = dict(tensors)
 
-    def read(self, parts: Iterable[Part] = tuple(Part)) -> dict[str, Tensor]:
+    def read(self, parts: Iterable[Part] = tuple(Part), slot: int = 0) -> dict[str, Tensor]:
         """Detached float32 copies on the CPU, named and ordered as `layout.shapes(rank, parts)`.
 
         The tensors of one part are disjoint views of one copy.
         """
-        wanted = frozenset(parts)
-        copies = {part: self._flat[part].to("cpu", copy=True) for part in wanted}
+        wanted, rank = frozenset(parts), self._ranks[slot]
         views: dict[str, Tensor] = {}
         for part in (part for part in Part if part in wanted):
-            views |= _split(copies[part], self.layout.shapes(self.rank, [part]))
+            copied = _split(self._flat[part][slot].to("cpu", copy=True), self.layout.shapes(self.rank, [part]))
+            if rank == self.rank or part is Part.HEAD:
+                views |= copied
+            else:
+                cut = torch.cat([_of_rank(name, tensor, rank).flatten() for name, tensor in copied.items()])
+                views |= _split(cut, self.layout.shapes(rank, [part]))
         return views
 
-    def resize(self, rank: int) -> None:
-        """Give every pair another rank: A and B become zero, their buffers new (optimizers must be made again).
+    def resize(self, rank: int, *, num_clients: int = 1) -> None:
+        """Give every pair another rank, and the model another number of clients.
 
-        Nothing happens if the rank is the present one. The head is untouched.
+        A and B become zero, their buffers new (optimizers must be made again); in a stack the head is that of the
+        former first slot for all. Nothing happens if both numbers are the present ones.
 
         Raises:
-            ConfigError: a rank below 1.
+            ConfigError: a rank or a number of clients below 1.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f"rank = {rank!r}; expected an integer of at least 1")
-        if rank == self.rank:
+        for name, number in (("rank", rank), ("num_clients", num_clients)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{name} = {number!r}; expected an integer of at least 1")
+        if (rank, num_clients) == (self.rank, self.num_clients):
+            self._ranks = [rank] * num_clients
             return
-        warn_about_rank(rank, self.layout.targets)
-        self.rank = rank
+        if rank > self.rank:
+            warn_about_rank(rank, self.layout.targets)
+        head = {name: value.clone() for name, value in self._values[0].items() if part_of(name) is Part.HEAD}
+        other_clients = num_clients != self.num_clients
+        self.rank, self.num_clients, self._ranks = rank, num_clients, [rank] * num_clients
         self._allocate_factors()
+        if other_clients:
+            self._allocate_head(head)
+        self.set_active(num_clients)
         self.set_trained(self._trained)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -209,32 +266,74 @@ class ResidentModel:
                 layer.forward = partial(_checkpointed, layer.forward)
 
     def _allocate_factors(self) -> None:
-        shapes_a, shapes_b = (self.layout.shapes(self.rank, [part]) for part in (Part.A, Part.B))
-        self._flat[Part.A] = _flat_buffer(shapes_a, self.device)
-        self._flat[Part.B] = _flat_buffer(shapes_b, self.device)
-        views_a, views_b = _split(self._flat[Part.A], shapes_a), _split(self._flat[Part.B], shapes_b)
-        for (name_a, a), (name_b, b) in zip(views_a.items(), views_b.items(), strict=True):
-            layer = self._layers[path_of(name_a)]
-            layer.set_factors(a, b)
-            self._parameters |= {name_a: layer.a, name_b: layer.b}
-        self._bind_gradients(Part.A)
-        self._bind_gradients(Part.B)
+        """New buffers for A and B; the parameters of a layer are views of them, over all slots."""
+        heads = [{name: v for name, v in own.items() if part_of(name) is Part.HEAD} for own in self._values]
+        heads = (heads * self.num_clients)[: self.num_clients]
+        views: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        for part in (Part.A, Part.B):
+            buffer, gradient = self._new_buffer(part)
+            views |= _split_stack(buffer, self._shapes(part))
+            gradients |= _split_stack(gradient, self._shapes(part))
+        self._values = [
+            {
+                **_split(self.flat(Part.A, slot), self._shapes(Part.A)),
+                **_split(self.flat(Part.B, slot), self._shapes(Part.B)),
+                **head,
+            }
+            for slot, head in enumerate(heads)
+        ]
+        for path, layer in self._layers.items():
+            a, b = factor_name(Part.A, path), factor_name(Part.B, path)
+            layer.set_factors(views[a], views[b])
+            layer.a.grad, layer.b.grad = gradients[a], gradients[b]
+        self._parameters[Part.A] = [layer.a for layer in self._layers.values()]
+        self._parameters[Part.B] = [layer.b for layer in self._layers.values()]
 
-    def _allocate_head(self) -> None:
-        shapes = self.layout.shapes(self.rank, [Part.HEAD])
-        self._flat[Part.HEAD] = _flat_buffer(shapes, self.device)
-        for name, view in _split(self._flat[Part.HEAD], shapes).items():
-            module, attribute = owner_of(self.model, path_of(name))
-            view.copy_(module.get_parameter(attribute).detach())
-            parameter = nn.Parameter(view)
-            setattr(module, attribute, parameter)
-            self._parameters[name] = parameter
-        self._bind_gradients(Part.HEAD)
+    def _allocate_head(self, values: Tensors) -> None:
+        """A new buffer for the head, the same values in every slot; a stack has a copy of each head module per slot."""
+        self._new_buffer(Part.HEAD)
+        for path, original in self._heads.items():
+            owner, attribute = owner_of(self.model, path)
+            stacked = StackedHead(_copies(original, self.num_clients, self.dropout))
+            setattr(owner, attribute, original if self.num_clients == 1 else stacked)
+        self._parameters[Part.HEAD] = []
+        shapes = self._shapes(Part.HEAD)
+        for slot in range(self.num_clients):
+            gradients = _split(self.flat_grad(Part.HEAD, slot), shapes)
+            for name, view in _split(self.flat(Part.HEAD, slot), shapes).items():
+                view.copy_(values[name])
+                parameter = nn.Parameter(view)
+                parameter.grad = gradients[name]
+                module, attribute = self._head_owner(name, slot)
+                setattr(module, attribute, parameter)
+                self._values[slot][name] = view
+                self._parameters[Part.HEAD].append(parameter)
 
-    def _bind_gradients(self, part: Part) -> None:
-        """Make views of the flat gradient the gradients of the parameters; backward then adds to them in place."""
-        for name, gradient in _split(self.flat_grad(part), self.layout.shapes(self.rank, [part])).items():
-            self._parameters[name].grad = gradient
+    def _head_owner(self, name: str, slot: int) -> tuple[nn.Module, str]:
+        """The module that holds a head parameter in one slot, and the attribute's name."""
+        path = path_of(name)
+        root = next(root for root in self._heads if path.startswith(f"{root}."))
+        head = self.model.get_submodule(root)
+        own = head.copies[slot] if isinstance(head, StackedHead) else head
+        return owner_of(own, path.removeprefix(f"{root}."))
+
+    def _head_value(self, name: str) -> Tensor:
+        module, attribute = self._head_owner(name, 0)
+        return module.get_parameter(attribute).detach()
+
+    def _shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
+        return self.layout.shapes(self.rank, [part])
+
+    def _new_buffer(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Values and gradients, (C, num_elements) zeros; their rows become the flat tensors of the slots."""
+        size = sum(torch.Size(shape).numel() for shape in self._shapes(part).values())
+        buffer = torch.zeros(self.num_clients, size, dtype=torch.float32, device=self.device)
+        gradient = torch.zeros_like(buffer)
+        self._flat[part] = list(buffer.unbind())
+        for row, row_gradient in zip(self._flat[part], gradient.unbind(), strict=True):
+            row.grad = row_gradient
+        return buffer, gradient
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -262,18 +361,39 @@ def _moved(delta: BaseDelta, device: torch.device) -> BaseDelta:
     return BaseDelta(delta.left.to(device, torch.float32), right)
 
 
-def _flat_buffer(shapes: dict[str, tuple[int, ...]], device: torch.device) -> Tensor:
-    size = sum(torch.Size(shape).numel() for shape in shapes.values())
-    flat = torch.zeros(size, dtype=torch.float32, device=device)
-    flat.grad = torch.zeros_like(flat)
-    return flat
-
-
 def _split(flat: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Views of a flat tensor, one per factor."""
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     pieces = torch.split(flat, sizes) if sizes else ()
     return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+
+
+def _split_stack(buffer: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Views of a buffer (C, num_elements), one per factor: (C, ...), or without C where it is 1."""
+    if len(buffer) == 1:
+        return _split(buffer[0], shapes)
+    sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+    pieces = torch.split(buffer, sizes, dim=1) if sizes else ()
+    return {name: piece.view(len(buffer), *shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+
+
+def _of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
+    """The first rows of A or columns of B; any other factor whole."""
+    if part_of(name) is Part.A:
+        return tensor[:rank]
+    return tensor[:, :rank] if part_of(name) is Part.B else tensor
+
+
+def _copies(module: nn.Module, num_copies: int, state: DropoutState) -> list[nn.Module]:
+    """Copies of a head module; their dropout layers read the same seeds, each those of its own slot."""
+    if num_copies == 1:
+        return [module]
+    copies = [copy.deepcopy(module, {id(state): state}) for _ in range(num_copies)]
+    for slot, copied in enumerate(copies):
+        for inner in copied.modules():
+            if isinstance(inner, SeededDropout):
+                inner.slot = slot
+    return copies
 
 
 def _checkpointed(forward: Callable[..., object], *args: object, **kwargs: object) -> object:

@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from sfedlora.config import RunConfig
 from sfedlora.data.encoded import EncodedData
 from sfedlora.data.partition import ClientSplit
 from sfedlora.errors import ConfigError
-from sfedlora.federation.client import LocalTraining
+from sfedlora.federation.client import LocalTraining, TrainingSetup
 from sfedlora.federation.evaluate import EvalBatching
 from sfedlora.federation.initialize import InitialA
+from sfedlora.federation.runners import Runner
+from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.serial import SerialRunner
 from sfedlora.federation.server_optimizer import ServerOptimizer
 from sfedlora.federation.state import POOLED_ID, Federation, RoundSettings
@@ -102,7 +105,16 @@ def prepare(config: RunConfig) -> Prepared:
         require_ranks(resident.layout, resident.rank, config.method.name)
     if config.model.gradient_checkpointing:
         resident.enable_gradient_checkpointing()
-    resolved = resolve(config, base, method, device, len(splits))
+    training_rows = [row for split in splits.values() for row in split.train]
+    resolved = resolve(
+        config,
+        base,
+        method,
+        device,
+        num_clients=len(splits),
+        median_length=int(np.median(data.lengths[training_rows])),
+        targets=[target.path for target in resident.layout.targets],
+    )
     initial = draw_initial_a(resolved, method, splits, resident)
     num_scaling_clients = scaling_clients(resolved, initial, len(splits))
     sizes = lora_sizes(resolved, ranks, num_scaling_clients)
@@ -156,7 +168,7 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
         raise ConfigError(f"model.source: {config.model.source} has no pad token")
     return Federation(
         resident=resident,
-        runner=SerialRunner(resident, data, training, config.model.task, pad_token_id, config.seed),
+        runner=_runner(config, TrainingSetup(resident, data, training, config.model.task, pad_token_id, config.seed)),
         method=method,
         data=data,
         splits=splits,
@@ -182,6 +194,12 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
         ),
         seed=config.seed,
     )
+
+
+def _runner(config: RunConfig, setup: TrainingSetup) -> Runner:
+    if config.runner == "batched" and isinstance(config.clients_per_batch, int):
+        return BatchedRunner(setup, config.clients_per_batch)
+    return SerialRunner(setup)
 
 
 def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +16,9 @@ from sfedlora.types import Part
 __all__ = ["resolve", "resolve_device"]
 
 MAX_EVALUATED = 100
+TOKEN_CAPS = {"cpu": 512, "cuda": 16384, "mps": 4096}
+"""Tokens of one forward pass beyond which stacking more clients gained nothing (CPU) or is expected to (others)."""
+MIN_STACK, MAX_STACK = 2, 64
 ADAPTIVE, ADAPTIVE_LEARNING_RATE = ("fedadam", "fedyogi"), 0.01
 """Server optimizers whose step is about the learning rate itself, and what `auto` gives them."""
 
@@ -38,8 +42,26 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def resolve(config: RunConfig, base: BaseModel, method: Method, device: torch.device, num_clients: int) -> RunConfig:
+def resolve(
+    config: RunConfig,
+    base: BaseModel,
+    method: Method,
+    device: torch.device,
+    *,
+    num_clients: int,
+    median_length: int,
+    targets: Sequence[str],
+) -> RunConfig:
     """The configuration as the run directory records it.
+
+    Args:
+        config: as given.
+        base: the base model.
+        method: the method.
+        device: where it runs.
+        num_clients: number of clients.
+        median_length: tokens of the median example.
+        targets: paths of the adapted modules.
 
     Raises:
         ConfigError: a cohort larger than the number of clients.
@@ -53,6 +75,7 @@ def resolve(config: RunConfig, base: BaseModel, method: Method, device: torch.de
     cohort_size = config.rounds.cohort_size
     if cohort_size is not None and cohort_size > num_clients:
         raise ConfigError(f"rounds.cohort_size is {cohort_size} but there are only {num_clients} clients")
+    clients_per_batch = _clients_per_batch(config, base, method, device, num_clients, median_length, targets)
     return config.with_values(
         {
             "model.dtype": base.dtype,
@@ -61,12 +84,43 @@ def resolve(config: RunConfig, base: BaseModel, method: Method, device: torch.de
             "partition.num_clients": num_clients,
             "evaluation.clients": evaluated,
             "rounds.server_learning_rate": server_learning_rate,
-            "runner": "serial",
-            "clients_per_batch": 1,
+            "runner": "serial" if clients_per_batch == 1 else "batched",
+            "clients_per_batch": clients_per_batch,
             "device": str(device),
             "threads": torch.get_num_threads(),
         }
     )
+
+
+def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
+    config: RunConfig,
+    base: BaseModel,
+    method: Method,
+    device: torch.device,
+    num_clients: int,
+    median_length: int,
+    targets: Sequence[str],
+) -> int:
+    """Clients in one forward pass: asked for, or as many as stay under the device's token cap."""
+    cohort_size = 1 if method.traits.pools_data else min(config.rounds.cohort_size or num_clients, num_clients)
+    if config.runner == "serial" or cohort_size == 1:
+        return 1
+    output = base.model.get_output_embeddings()
+    stackable = output is None or output not in [base.model.get_submodule(path) for path in targets]
+    if not stackable:
+        if config.runner == "batched":
+            raise ConfigError(
+                "runner: batched cannot stack an adapter of the output layer, whose input is labelled tokens only; use "
+                "serial, or lora.target_modules without it"
+            )
+        return 1
+    if config.clients_per_batch != "auto":
+        return min(config.clients_per_batch, cohort_size)
+    own_tokens = max(1, config.local.batch_size * median_length)
+    fitting = min(cohort_size, MAX_STACK, TOKEN_CAPS[device.type] // own_tokens)
+    if config.runner == "batched":
+        return max(2, fitting)
+    return fitting if fitting >= MIN_STACK else 1
 
 
 def _resolve_init(config: RunConfig, method: Method) -> str:
