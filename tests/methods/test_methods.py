@@ -8,7 +8,7 @@ import pytest
 
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError
-from sfedlora.methods import METHODS, client_weights, make_method
+from sfedlora.methods import METHODS, Traits, client_weights, make_method
 from sfedlora.setup.adapter import require_ranks
 from sfedlora.types import AdapterLayout, Part, Target
 
@@ -59,6 +59,51 @@ def test_rolora_trains_b_in_odd_rounds_and_a_in_even_ones(head: Any, also: set[P
     assert method.personal_parts() == {HEAD} - also
 
 
+@pytest.mark.parametrize(("head", "down", "kept"), [("auto", {HEAD}, set()), ("personal", set(), {HEAD})])
+def test_flora_sends_everything_up_and_the_head_alone_down(head: Any, down: set[Part], kept: set[Part]) -> None:
+    # Fresh adapters come from the run's seed; what the server learned travels as base deltas.
+    method = make_method("flora", head)
+    for round_num in (1, 2, 7):
+        assert method.trained_parts(round_num) == {A, B, HEAD}
+        assert method.shared_parts(round_num) == {A, B} | down
+        assert method.broadcast_parts(round_num, is_current=True) == down
+        assert method.broadcast_parts(round_num, is_current=False) == down
+    assert method.personal_parts() == kept
+
+
+TRAITS = {
+    "fedsa": Traits(exact="factor", heterogeneous_ranks=True),
+    "fedit": Traits(exact="no"),
+    "ffa": Traits(exact="model"),
+    "rolora": Traits(exact="model"),
+    "flora": Traits(
+        exact="model",
+        is_mean=False,
+        averages_a=False,
+        heterogeneous_ranks=True,
+        server_optimizers=False,
+        restarts=True,
+    ),
+    "fedex": Traits(exact="model", is_mean=False, server_optimizers=False),
+    "flexlora": Traits(
+        exact="truncated",
+        is_mean=False,
+        heterogeneous_ranks=True,
+        keeps_products=True,
+        caps_rank=True,
+        server_optimizers=False,
+    ),
+    "hetlora": Traits(exact="no", is_mean=False, heterogeneous_ranks=True),
+    "fair": Traits(exact="no", is_mean=False),
+    "local": Traits(exact="no", is_mean=False, averages_a=False, heterogeneous_ranks=True),
+    "centralized": Traits(exact="model", averages_a=False, pools_data=True),
+}
+
+
+def test_traits() -> None:
+    assert {name: make_method(name).traits for name in METHODS} == TRAITS
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_trained_is_either_sent_or_kept(name: str) -> None:
     method = make_method(name)
@@ -73,12 +118,6 @@ def test_a_method_is_found_by_its_own_name(name: str) -> None:
     assert make_method(name).name == name
 
 
-def test_only_averaging_methods_let_the_number_of_clients_enter_the_scaling() -> None:
-    traits = {name: make_method(name).traits for name in METHODS}
-    assert {name for name in METHODS if not traits[name].averages_a} == {"local", "centralized", "flora"}
-    assert {name for name in METHODS if traits[name].pools_data} == {"centralized"}
-
-
 def test_an_unknown_method_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"unknown method 'fedsaa'; did you mean 'fedsa'\? choose one of "):
         make_method("fedsaa")
@@ -90,6 +129,13 @@ def test_an_unknown_method_is_refused_with_a_suggestion() -> None:
 def test_a_head_that_the_method_contradicts_is_refused(name: str, head: Any) -> None:
     with pytest.raises(ConfigError, match=f"method.head: the head of method '{name}' is .*, got '{head}'"):
         make_method(name, head)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_head_that_is_asked_for_is_the_one_that_is_made(name: str) -> None:
+    for head in ("personal", "shared"):
+        if (name, head) not in {("local", "shared"), ("centralized", "personal")}:
+            assert (Part.HEAD in make_method(name, head).personal_parts()) == (head == "personal")
 
 
 def test_weights_by_hand() -> None:
@@ -126,9 +172,10 @@ def test_flexlora_refuses_a_scaling_that_counts_clients(count: str) -> None:
     assert flexlora(lora={"scaling": "rslora", "num_clients": count}).lora.scaling == "rslora"
 
 
-def test_flexlora_refuses_a_server_optimizer() -> None:
-    with pytest.raises(ConfigError, match=r"rounds.server_optimizer: fedavgm .* 'flexlora' .* use none"):
-        flexlora(rounds={"server_optimizer": "fedavgm"})
+@pytest.mark.parametrize("name", ["flexlora", "flora", "fedex"])
+def test_methods_without_a_step_to_take_refuse_a_server_optimizer(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rounds.server_optimizer: fedavgm .* '{name}' .* use none"):
+        flexlora(rounds={"server_optimizer": "fedavgm"}, method={"name": name})
     assert flexlora(rounds={"proximal_mu": 0.1}).rounds.proximal_mu == 0.1
 
 

@@ -33,6 +33,7 @@ from sfedlora.methods.flora import FLoRA as FLoRA
 from sfedlora.methods.hetlora import HetLoRA as HetLoRA
 from sfedlora.methods.local import Local as Local
 from sfedlora.methods.rolora import RoLoRA as RoLoRA
+from sfedlora.types import Part
 
 __all__ = [
     "FFA",
@@ -65,7 +66,6 @@ METHODS: Mapping[str, Callable[..., Method]] = MappingProxyType(
         for method in (FedSA, FedIT, FFA, RoLoRA, FLoRA, FedEx, FlexLoRA, HetLoRA, LoRAFAIR, Local, Centralized)
     }
 )
-_FIXED_HEAD = {"local": "personal", "centralized": "shared"}
 _MEMBERS = (
     "name",
     "traits",
@@ -98,24 +98,24 @@ def make_method(name: str, head: Literal["auto", "personal", "shared"] = "auto")
     """The method of a name, with its head personal or shared (`auto`: the method's own default).
 
     Raises:
-        ConfigError: no such method, or a head placement that the method contradicts or does not know.
+        ConfigError: no such method, or a head placement that the method contradicts.
     """
     found = find_method(name)
-    fixed = _FIXED_HEAD.get(name)
-    if fixed is not None and head not in ("auto", fixed):
-        raise ConfigError(f"method.head: the head of method {name!r} is {fixed}, got {head!r}; leave it at auto")
     if head == "auto":
         return found()
-    if "head" not in inspect.signature(found).parameters:
-        raise ConfigError(f"method.head: method {name!r} has no argument `head`, got {head!r}; leave it at auto")
-    return found(head=head)
+    takes_head = "head" in inspect.signature(found).parameters
+    method = found(head=head) if takes_head else found()
+    placement = "personal" if Part.HEAD in method.personal_parts() else "shared"
+    if head != placement:
+        raise ConfigError(f"method.head: the head of method {name!r} is {placement}, got {head!r}; leave it at auto")
+    return method
 
 
 def _import_method(name: str) -> Callable[..., Method]:
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a foreign module does while it is imported
+    except (Exception, SystemExit) as error:  # whatever a foreign module does while it is imported
         raise ConfigError(
             f"{name!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error}); install it or put "
             "its folder on PYTHONPATH"
@@ -132,6 +132,8 @@ def _import_method(name: str) -> Callable[..., Method]:
         raise ConfigError(f"{name!r}: traits is no sfedlora.methods.Traits")
     try:
         found()
-    except TypeError as error:
-        raise ConfigError(f"{name!r}: cannot be made without arguments ({error}); give every field a default") from None
+    except Exception as error:
+        raise ConfigError(
+            f"{name!r}: cannot be made without arguments ({type(error).__name__}: {error}); give every field a default"
+        ) from None
     return found
