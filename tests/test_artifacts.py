@@ -1,4 +1,4 @@
-"""The run directory as an owner of files: checkpoints kept and dropped, links, odd client ids, refusals."""
+"""The run directory as an owner of files: checkpoints kept and dropped, odd client ids, refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sfedlora.artifacts import Checkpoint, RunDirectory
+from sfedlora.artifacts import Checkpoint, CheckpointWriter, RunDirectory, load_partial, save_partial
 from sfedlora.errors import ConfigError, InputError, StorageError
 from sfedlora.federation.client import ClientOutcome, TrainMetrics
 from sfedlora.federation.state import FederationState
@@ -36,43 +36,42 @@ def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "run")
 
 
-def test_a_checkpoint_comes_back(directory: RunDirectory) -> None:
-    directory.save_checkpoint(_checkpoint(1, a=1.5), changed=CLIENTS, best_round=None)
-    loaded = directory.load_checkpoint(1)
+@pytest.fixture
+def writer(directory: RunDirectory) -> CheckpointWriter:
+    return CheckpointWriter(directory.checkpoints)
+
+
+def test_a_checkpoint_comes_back(directory: RunDirectory, writer: CheckpointWriter) -> None:
+    stored = writer.save(_checkpoint(1, a=1.5), changed=CLIENTS, best_round=None)
+    loaded = directory.checkpoints.load(1)
     assert loaded.progress == _progress(1)
-    assert loaded.state.server.round_num == 1
-    assert loaded.state.server.shared["a:x"].tolist() == [1.0, 1.0]
-    assert loaded.state.server.extra["moment"].tolist() == [1.0]
-    assert list(loaded.state.personal) == CLIENTS
-    assert loaded.state.personal["a"]["b:x"].tolist() == [1.5]
-    assert {key: value["b/exp_avg"].tolist() for key, value in loaded.state.optimizer.items()} == {"a": [2.5]}
-    files = {path.parent.name for path in directory.path.rglob("*.safetensors")}
-    assert files == {"round-000001", "clients"}, "no client id leaves its folder"
+    for state in (stored, loaded.state):
+        assert state.server.round_num == 1
+        assert state.server.shared["a:x"].tolist() == [1.0, 1.0]
+        assert state.server.extra["moment"].tolist() == [1.0]
+        assert sorted(state.personal) == sorted(CLIENTS)
+        assert state.personal["a"]["b:x"].tolist() == [1.5]
+        assert {key: value["b/exp_avg"].tolist() for key, value in state.optimizer.items()} == {"a": [2.5]}
+    folders = {str(path.parent.relative_to(directory.path)) for path in directory.path.rglob("*.safetensors")}
+    assert folders == {
+        "checkpoints/round-000001", "checkpoints/personal/000001", "checkpoints/optimizer/000001"
+    }, "no client id leaves its folder"  # fmt: skip
 
 
-def test_the_last_two_and_the_best_are_kept(directory: RunDirectory) -> None:
+def test_the_last_two_and_the_best_are_kept(directory: RunDirectory, writer: CheckpointWriter) -> None:
     for round_num in range(7):
-        directory.save_checkpoint(_checkpoint(round_num), changed=CLIENTS, best_round=2 if round_num > 1 else None)
-    assert directory.rounds_kept() == [2, 5, 6]
-
-
-def test_a_client_that_did_not_change_is_a_link_that_outlives_the_old_round(directory: RunDirectory) -> None:
-    directory.save_checkpoint(_checkpoint(1, a=1.0), changed=CLIENTS, best_round=None)
-    for round_num in (2, 3, 4):
-        directory.save_checkpoint(_checkpoint(round_num, a=float(round_num)), changed=["../b"], best_round=None)
-    assert directory.rounds_kept() == [3, 4]
-    assert directory.load_checkpoint(4).state.personal["a"]["b:x"].tolist() == [1.0], "the link is to what was stored"
-    inodes = {(directory.path / f"checkpoints/round-{n:06d}/clients/a.safetensors").stat().st_ino for n in (3, 4)}
-    assert len(inodes) == 1
+        writer.save(_checkpoint(round_num), changed=CLIENTS, best_round=2 if round_num > 1 else None)
+    assert directory.checkpoints.rounds() == [2, 5, 6]
 
 
 def test_partial_outcomes_are_those_of_the_asked_round(directory: RunDirectory) -> None:
     outcome = ClientOutcome(
         "../b", 3, 17, {"b:x": torch.ones(2)}, {"b/step": torch.tensor(4.0)}, TrainMetrics(1.5, None, 0.25, 10, 2, 4)
     )
-    directory.save_partial({"../b": outcome})
-    assert directory.load_partial(2) == {}
-    loaded = directory.load_partial(3)["../b"]
+    checkpoints = directory.checkpoints.path
+    save_partial(checkpoints, {"../b": outcome})
+    assert load_partial(checkpoints, 2) == {}
+    loaded = load_partial(checkpoints, 3)["../b"]
     assert (loaded.client_id, loaded.round_num, loaded.num_examples, loaded.metrics) == ("../b", 3, 17, outcome.metrics)
     assert loaded.tensors["b:x"].tolist() == [1.0, 1.0]
     assert loaded.optimizer_state["b/step"].item() == 4.0
@@ -113,6 +112,10 @@ DAMAGED = {
     "summary.json": ('{"a": 1}', r"summary\.json: .*initial\.validation\.weighted is missing"),
     "metrics.jsonl": ("1\n", r"metrics\.jsonl, line 1: .*expected a JSON object, found int"),
     "checkpoints/round-000001/state.json": ("{}", r"round-000001/state\.json: .*round_num is missing"),
+    "checkpoints/round-000001/clients.json": (
+        '{"personal": {"a": [1]}, "optimizer": {}}',
+        r"clients\.json: .*client 'a' has \[1\]",
+    ),
     "checkpoints/partial/a.json": (
         '{"client_id": "a", "round_num": "2"}',
         r"partial/a\.json: .*round_num is str",
@@ -121,9 +124,11 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_named_with_what_it_lacks(name: str, directory: RunDirectory) -> None:
+def test_a_damaged_file_is_named_with_what_it_lacks(
+    name: str, directory: RunDirectory, writer: CheckpointWriter
+) -> None:
     content, message = DAMAGED[name]
-    directory.save_checkpoint(_checkpoint(1), changed=CLIENTS, best_round=None)
+    writer.save(_checkpoint(1), changed=CLIENTS, best_round=None)
     (directory.path / "checkpoints" / "partial").mkdir()
     (directory.path / name).write_text(content, encoding="utf-8")
     readers: dict[str, Callable[[], object]] = {
@@ -131,31 +136,34 @@ def test_a_damaged_file_is_named_with_what_it_lacks(name: str, directory: RunDir
         "environment.json": directory.environment,
         "summary.json": directory.summary,
         "metrics.jsonl": directory.metrics,
-        "checkpoints/round-000001/state.json": lambda: directory.load_checkpoint(1),
-        "checkpoints/partial/a.json": lambda: directory.load_partial(2),
+        "checkpoints/round-000001/state.json": lambda: directory.checkpoints.load(1),
+        "checkpoints/round-000001/clients.json": lambda: directory.checkpoints.load(1),
+        "checkpoints/partial/a.json": lambda: load_partial(directory.checkpoints.path, 2),
     }
     with pytest.raises(StorageError, match=message):
         readers[name]()
 
 
-def test_a_state_without_progress_and_a_folder_that_is_no_checkpoint(directory: RunDirectory) -> None:
-    directory.save_checkpoint(_checkpoint(1), changed=CLIENTS, best_round=None)
+def test_a_state_without_progress_and_a_folder_that_is_no_checkpoint(
+    directory: RunDirectory, writer: CheckpointWriter
+) -> None:
+    writer.save(_checkpoint(1), changed=CLIENTS, best_round=None)
     path = directory.path / "checkpoints" / "round-000001" / "state.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**content, "progress": {}}), encoding="utf-8")
     with pytest.raises(StorageError, match=r"progress\.initial is missing"):
-        directory.load_checkpoint(1)
+        directory.checkpoints.load(1)
     (directory.path / "checkpoints" / "round-x").mkdir()
     with pytest.raises(StorageError, match="round-x: no checkpoint"):
-        directory.rounds_kept()
+        directory.checkpoints.rounds()
 
 
-@pytest.mark.parametrize("part", ["state.json", "server.safetensors", "clients/a.safetensors"])
-def test_a_checkpoint_that_lacks_a_part_is_named(part: str, directory: RunDirectory) -> None:
-    directory.save_checkpoint(_checkpoint(1), changed=CLIENTS, best_round=None)
+@pytest.mark.parametrize("part", ["state.json", "server.safetensors", "clients.json"])
+def test_a_checkpoint_that_lacks_a_part_is_named(part: str, directory: RunDirectory, writer: CheckpointWriter) -> None:
+    writer.save(_checkpoint(1), changed=CLIENTS, best_round=None)
     (directory.path / "checkpoints" / "round-000001" / part).unlink()
     with pytest.raises(StorageError, match=f"{part}: cannot be read"):
-        directory.load_checkpoint(1)
+        directory.checkpoints.load(1)
 
 
 def test_a_free_path_is_new_or_empty(tmp_path: Path) -> None:

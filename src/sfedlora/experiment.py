@@ -11,15 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sfedlora.artifacts import Checkpoint, RunDirectory
+from sfedlora.artifacts import (
+    Checkpoint,
+    CheckpointWriter,
+    RunDirectory,
+    WriteBehind,
+    load_partial,
+    save_partial,
+)
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError, DataError, InputError, Interrupted, StorageError
 from sfedlora.federation.client import ClientOutcome
@@ -32,10 +40,10 @@ from sfedlora.federation.round import (
     Split,
     evaluate_clients,
     evaluate_external,
-    run_rounds,
+    run_round,
 )
 from sfedlora.federation.sampling import sample_cohort
-from sfedlora.federation.state import Federation, FederationState, initial_state, serving_adapter
+from sfedlora.federation.state import Federation, FederationState, initial_state, serving_adapter, with_clients
 from sfedlora.lora.base_delta import adapter_with_deltas, total_deltas
 from sfedlora.lora.peft_format import save_adapter
 from sfedlora.setup import Prepared, prepare
@@ -121,8 +129,9 @@ def run_events(config: RunConfig) -> Iterator[RunEvent]:
         environment = {**prepared.environment, "config_sha256": _config_digest(prepared.config)}
         directory = RunDirectory.create(output, prepared.config, environment, prepared.partition)
         yield RunPrepared(prepared, output, 1)
-        state, progress = yield from _begin(directory, prepared)
-        yield from _drive(directory, prepared, state, progress, {})
+        writer = CheckpointWriter(directory.checkpoints)
+        checkpoint = yield from _begin(prepared, writer)
+        yield from _drive(directory, prepared, writer, checkpoint, {})
 
 
 def resume_events(run_dir: Path) -> Iterator[RunEvent]:
@@ -137,17 +146,14 @@ def resume_events(run_dir: Path) -> Iterator[RunEvent]:
         prepared = prepare(_with_output(config, run_dir))
         _require_same(directory, prepared)
         directory.remove_leftovers()
-        rounds = directory.rounds_kept()
+        checkpoints = directory.checkpoints
+        rounds = checkpoints.rounds()
         yield RunPrepared(prepared, run_dir, rounds[-1] + 1 if rounds else 1)
-        if rounds:
-            checkpoint = directory.load_checkpoint(rounds[-1])
-            state, progress = checkpoint.state, dict(checkpoint.progress)
-            finished = directory.load_partial(rounds[-1] + 1)
-        else:
-            state, progress = yield from _begin(directory, prepared)
-            finished = {}
-        directory.drop_metrics_after(state.server.round_num)
-        yield from _drive(directory, prepared, state, progress, finished)
+        writer = CheckpointWriter(checkpoints)
+        checkpoint = checkpoints.load(rounds[-1]) if rounds else (yield from _begin(prepared, writer))
+        round_num = checkpoint.state.server.round_num
+        directory.drop_metrics_after(round_num)
+        yield from _drive(directory, prepared, writer, checkpoint, load_partial(checkpoints.path, round_num + 1))
 
 
 def load_state(run_dir: Path, round_num: int | None = None) -> tuple[Prepared, FederationState]:
@@ -157,13 +163,13 @@ def load_state(run_dir: Path, round_num: int | None = None) -> tuple[Prepared, F
         InputError: no run directory, a round without checkpoint, or data or model have changed since.
     """
     directory = RunDirectory.open(run_dir)
-    rounds = directory.rounds_kept()
+    rounds = directory.checkpoints.rounds()
     chosen = round_num if round_num is not None else (rounds[-1] if rounds else None)
     if chosen not in rounds or chosen is None:
         raise InputError(f"{run_dir}: no checkpoint of round {chosen}; kept are rounds {rounds}")
     prepared = prepare(_with_output(directory.config(), run_dir))
     _require_same(directory, prepared)
-    return prepared, directory.load_checkpoint(chosen).state
+    return prepared, directory.checkpoints.load(chosen).state
 
 
 def _with_output(config: RunConfig, run_dir: Path) -> RunConfig:
@@ -201,51 +207,77 @@ def write_adapter(prepared: Prepared, state: FederationState, client_id: str | N
     )
 
 
-def _begin(
-    directory: RunDirectory, prepared: Prepared
-) -> Generator[ClientEvaluated, None, tuple[FederationState, dict[str, Any]]]:
+def _begin(prepared: Prepared, writer: CheckpointWriter) -> Generator[ClientEvaluated, None, Checkpoint]:
     """Evaluate and store the state before round 1."""
     state = initial_state(prepared.federation)
     initial = yield from _evaluate_both(prepared.federation, state)
     progress = {"best_round": None, "best_loss": None, "initial": initial}
-    directory.save_checkpoint(Checkpoint(state, progress), changed=(), best_round=0)
-    return state, progress
+    return Checkpoint(writer.save(Checkpoint(state, progress), changed=(), best_round=0), progress)
 
 
 def _drive(
     directory: RunDirectory,
     prepared: Prepared,
-    state: FederationState,
-    progress: dict[str, Any],
+    writer: CheckpointWriter,
+    checkpoint: Checkpoint,
     finished: Mapping[str, ClientOutcome],
 ) -> Iterator[RunEvent]:
+    """Run the rounds after a checkpoint; each is stored while the next one runs."""
+    federation = prepared.federation
     outcomes = dict(finished)
-    try:
-        for event in run_rounds(prepared.federation, state, finished):
-            if isinstance(event, ClientTrained) and event.outcome is not None:
-                outcomes[event.client_id] = event.outcome
-            if isinstance(event, RoundFinished):
-                state = event.state
-                progress = _store_round(directory, event, tuple(outcomes), progress)
-                outcomes = {}
-            yield event
-    except Interrupted:
-        directory.save_partial(outcomes)
-        raise
-    yield from _finish(directory, prepared, state, progress)
+    stored, progress = checkpoint.state, checkpoint.progress
+    state = stored
+    with WriteBehind[FederationState]() as behind:
+        try:
+            while state.server.round_num < federation.rounds.num_rounds:
+                for event in run_round(federation, state, dict(outcomes)):
+                    if isinstance(event, ClientTrained) and event.outcome is not None:
+                        outcomes[event.client_id] = event.outcome
+                    if isinstance(event, RoundFinished):
+                        stored = behind.wait() or stored
+                        changed = sorted(outcomes.keys() - event.record["excluded"].keys())
+                        state = _over(stored, event.state, changed)
+                        progress = _with_best(progress, event.record)
+                        behind.start(
+                            partial(_store_round, directory, writer, Checkpoint(state, progress), event.record, changed)
+                        )
+                        outcomes = {}
+                    yield event
+        except Interrupted:
+            behind.wait()
+            save_partial(directory.checkpoints.path, outcomes)
+            raise
+        stored = behind.wait() or stored
+    yield from _finish(directory, prepared, stored, progress)
+
+
+def _over(stored: FederationState, state: FederationState, changed: Sequence[str]) -> FederationState:
+    """A state whose changed clients are in memory until they are stored, and all others on disk."""
+    personal = {client_id: state.personal[client_id] for client_id in changed}
+    moments = {client_id: state.optimizer[client_id] for client_id in changed if client_id in state.optimizer}
+    return FederationState(
+        state.server, with_clients(stored.personal, personal), with_clients(stored.optimizer, moments)
+    )
+
+
+def _with_best(progress: Mapping[str, Any], record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The progress after a round: a finite loss below all before makes it the best."""
+    loss, best = record["eval_loss"], progress["best_loss"]
+    if loss is None or not math.isfinite(loss) or (best is not None and loss >= best):
+        return progress
+    return {**progress, "best_round": record["round_num"], "best_loss": loss}
 
 
 def _store_round(
-    directory: RunDirectory, event: RoundFinished, changed: tuple[str, ...], progress: Mapping[str, Any]
-) -> dict[str, Any]:
+    directory: RunDirectory,
+    writer: CheckpointWriter,
+    checkpoint: Checkpoint,
+    record: Mapping[str, Any],
+    changed: Sequence[str],
+) -> FederationState:
     """Store a round: its metrics line first, so that a checkpoint never lacks its line."""
-    loss = event.record["eval_loss"]
-    updated = dict(progress)
-    if loss is not None and math.isfinite(loss) and (updated["best_loss"] is None or loss < updated["best_loss"]):
-        updated |= {"best_round": event.record["round_num"], "best_loss": loss}
-    directory.append_metrics(event.record)
-    directory.save_checkpoint(Checkpoint(event.state, updated), changed=changed, best_round=updated["best_round"])
-    return updated
+    directory.append_metrics(record)
+    return writer.save(checkpoint, changed=changed, best_round=checkpoint.progress["best_round"])
 
 
 def _finish(
@@ -260,11 +292,12 @@ def _finish(
     if best_round is None or best_round == last_round:
         best = last
     else:
-        best = yield from _evaluate_both(federation, directory.load_checkpoint(best_round).state)
+        best = yield from _evaluate_both(federation, directory.checkpoints.load(best_round).state)
     summary = {
         "initial": progress["initial"],
         "last": {"round_num": last_round, **last},
         "best": {"round_num": last_round if best_round is None else best_round, **best},
+        "store_bytes": directory.checkpoints.client_bytes(),
     }
     directory.write_summary(summary)
     yield RunResult(directory.path, directory.summary(), tuple(directory.metrics()))

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sfedlora.errors import StorageError
 from sfedlora.types import Tensors
 
 __all__ = [
+    "add_file",
     "append_line",
     "directory_written_whole",
     "make_directory",
@@ -26,8 +27,10 @@ __all__ = [
     "read_record",
     "read_records",
     "read_tensors",
+    "remove_directory",
     "sync_files",
     "to_json",
+    "to_safetensors",
     "write_bytes",
     "write_json",
     "write_tensors",
@@ -52,6 +55,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or permissions?") from None
+
+
+def add_file(path: Path, content: bytes) -> None:
+    """Write a file into the folder of a `directory_written_whole`, which makes it appear with all others.
+
+    Raises:
+        OSError: the disk refuses; `directory_written_whole` makes it a StorageError.
+    """
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def make_directory(path: Path) -> None:
@@ -81,7 +96,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """`write_bytes` for a safetensors file."""
-    write_bytes(path, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    write_bytes(path, to_safetensors(tensors))
 
 
 def append_line(path: Path, text: str) -> None:
@@ -163,6 +178,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise StorageError(f"{path}: damaged safetensors file ({error})") from None
 
 
+def to_safetensors(tensors: Tensors, *, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Content of a safetensors file. The order of several metadata entries is not defined."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(contiguous, metadata=None if metadata is None else dict(metadata))
+
+
 def to_json(values: Any, *, indent: int | None = None) -> str:
     """Strict JSON: NaN and infinities become null, mappings and tuples become plain ones."""
     return json.dumps(_plain(values), indent=indent, ensure_ascii=False, allow_nan=False)
@@ -191,6 +212,14 @@ def directory_written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder so that it never is half there; what cannot be removed stays under a temporary name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with suppress(OSError):
+        path.rename(temporary)
+        shutil.rmtree(temporary)
 
 
 def sync_files(folder: Path) -> None:

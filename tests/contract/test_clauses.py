@@ -28,7 +28,7 @@ from contract.scenes import (
     same_state,
     snapshot,
 )
-from sfedlora.artifacts import Checkpoint, RunDirectory
+from sfedlora.artifacts import Checkpoint, Checkpoints, CheckpointWriter
 from sfedlora.federation.state import FederationState
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.inject import ResidentModel
@@ -203,11 +203,9 @@ def test_the_state_survives_saving_and_loading_bit_for_bit(case: Case, small: Re
             tensor.view(-1)[:3] = odd
     after = scene.step()
     personal = {client: select_parts(own, scene.method.personal_parts()) for client, own in scene.held.items()}
-    directory = RunDirectory(tmp_path / "run")
-    directory.save_checkpoint(
-        Checkpoint(FederationState(after, personal, {}), PROGRESS), changed=scene.cohort, best_round=None
-    )
-    loaded = directory.load_checkpoint(ROUND).state
+    checkpoint = Checkpoint(FederationState(after, personal, {}), PROGRESS)
+    CheckpointWriter(Checkpoints(tmp_path)).save(checkpoint, changed=scene.cohort, best_round=None)
+    loaded = Checkpoints(tmp_path).load(ROUND).state
     assert same_state(in_order_of(loaded.server, after), after)
     assert loaded.personal.keys() == personal.keys()
     assert all(same_bits(ordered(loaded.personal[client], personal[client]), personal[client]) for client in personal)

@@ -50,7 +50,11 @@ def test_it_holds_exactly_the_promised_files(finished: RunResult) -> None:
         assert files == {"adapter_config.json", "adapter_model.safetensors"}
     kept = {path.name for path in (here / "checkpoints").iterdir()}
     best = finished.summary["best"]["round_num"]
-    assert kept == {f"round-{number:06d}" for number in {2, 3, best}}
+    assert kept == {"personal", *(f"round-{number:06d}" for number in {2, 3, best})}
+    files = {path.relative_to(here / "checkpoints" / "personal") for path in here.glob("checkpoints/personal/*/*")}
+    assert {path.name for path in files} == {f"{client}.safetensors" for client in cohorts}
+    last = {client: max(r["round_num"] for r in finished.metrics if client in r["cohort"]) for client in cohorts}
+    assert files >= {Path(f"{number:06d}/{client}.safetensors") for client, number in last.items()}
     assert not [path for path in here.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
 
 
@@ -200,7 +204,9 @@ def test_config_yaml_has_no_auto_left(finished: RunResult) -> None:
 
 def test_summary_has_initial_last_and_best(finished: RunResult) -> None:
     summary = finished.summary
-    assert set(summary) == {"initial", "last", "best"}
+    assert set(summary) == {"initial", "last", "best", "store_bytes"}
+    stored = (finished.run_dir / "checkpoints" / "personal").rglob("*.safetensors")
+    assert summary["store_bytes"] == sum(path.stat().st_size for path in stored)
     assert summary["last"]["round_num"] == 3
     losses = {record["round_num"]: record["eval_loss"] for record in finished.metrics}
     assert summary["best"]["round_num"] == min(losses, key=lambda number: losses[number])

@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 import torch
 
-from sfedlora.artifacts import Checkpoint, RunDirectory
+from sfedlora.artifacts import Checkpoint, Checkpoints, CheckpointWriter
 from sfedlora.errors import RunError
 from sfedlora.federation.round import RoundFinished, run_rounds
 from sfedlora.federation.server_optimizer import ServerOptimizer, apply_server_optimizer
@@ -155,9 +155,9 @@ def test_the_factor_that_stands_still_does_not_drift() -> None:
 def test_moments_survive_a_checkpoint_and_a_resumed_run_has_the_same_bits(name: Name, tmp_path: Path) -> None:
     federation = tiny_federation(rounds=replace(ROUNDS, server_optimizer=rule(name), num_rounds=3))
     states = run_all(federation).states
-    directory = RunDirectory(tmp_path / "run")
-    directory.save_checkpoint(Checkpoint(states[1], PROGRESS), changed=tuple(states[1].personal), best_round=None)
-    loaded = directory.load_checkpoint(1).state
+    writer = CheckpointWriter(Checkpoints(tmp_path))
+    writer.save(Checkpoint(states[1], PROGRESS), changed=tuple(states[1].personal), best_round=None)
+    loaded = Checkpoints(tmp_path).load(1).state
     assert loaded.server.extra.keys() == states[1].server.extra.keys()
     assert all(tensor.equal(states[1].server.extra[key]) for key, tensor in loaded.server.extra.items())
     *_, last = (event for event in run_rounds(federation, loaded) if isinstance(event, RoundFinished))

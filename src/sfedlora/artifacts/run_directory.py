@@ -1,0 +1,159 @@
+"""The owner of one run's files: what is fixed before round 1, metrics, summary, adapters.
+
+Not here: checkpoints (`checkpoints`), outcomes of an interrupted round (`partial`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfedlora.artifacts.checkpoints import Checkpoints
+from sfedlora.config import RunConfig
+from sfedlora.data.directories import safe_directory_name
+from sfedlora.errors import ConfigError, InputError, StorageError
+from sfedlora.storage import append_line, read_record, read_records, to_json, write_json, write_text
+
+__all__ = ["RunDirectory"]
+
+_SUMMARY: dict[str, Any] = {
+    f"{when}.{split}.weighted": dict for when in ("initial", "last", "best") for split in ("validation", "test")
+}
+_SUMMARY |= {"last.round_num": int, "best.round_num": int}
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The owner of one run's files."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, path: Path, config: RunConfig, environment: Mapping[str, Any], partition: Mapping[str, Any]
+    ) -> RunDirectory:
+        """Make a new run directory with what is fixed before round 1; config.yaml last, since it marks a run.
+
+        Raises:
+            ConfigError: the path is a file or a folder that is not empty, or cannot be made.
+            StorageError: a file cannot be written; nothing stays behind.
+        """
+        cls.check_free(path)
+        existed = path.is_dir()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output: {path} cannot be made ({error.strerror}); choose another output") from None
+        try:
+            write_json(path / "environment.json", environment)
+            write_json(path / "partition.json", partition)
+            write_text(path / "config.yaml", config.dump())
+        except StorageError:
+            for left in path.iterdir():
+                left.unlink()
+            if not existed:
+                path.rmdir()
+            raise
+        return cls(path)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Refuse a path that holds something already or cannot be made, before any model is loaded.
+
+        Raises:
+            ConfigError: the path is a file, a folder that is not empty, or lies where nothing can be written.
+        """
+        try:
+            occupied = path.is_dir() and any(path.iterdir())
+            begins = next(
+                folder for folder in (path, *path.absolute().parents) if folder.exists() or folder.is_symlink()
+            )
+        except OSError as error:
+            raise ConfigError(f"output: {path} cannot be used ({error.strerror}); choose another output") from None
+        if occupied:
+            holds_run = (path / "config.yaml").is_file()
+            advice = f"go on with `sfedlora resume {path}` or choose another output" if holds_run else "choose another"
+            what = "another run" if holds_run else "other files"
+            raise ConfigError(f"output: {path} already holds {what}; {advice}")
+        if not begins.is_dir():
+            raise ConfigError(f"output: {begins} is no folder, expected a new or empty one; choose another output")
+        if not os.access(begins, os.W_OK | os.X_OK):
+            raise ConfigError(f"output: {begins} cannot be written by this user; choose another output")
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run directory.
+
+        Raises:
+            InputError: it holds no run.
+        """
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path}: no run directory (config.yaml is missing); give the folder that `run` wrote")
+        return cls(path)
+
+    def config(self) -> RunConfig:
+        """The resolved configuration."""
+        return RunConfig.load(self.path / "config.yaml")
+
+    def partition(self) -> dict[str, Any]:
+        """partition.json.
+
+        Raises:
+            StorageError: it is missing or damaged; so also for the other files here.
+        """
+        return read_record(self.path / "partition.json", {"source_sha256": str, "clients": dict})
+
+    def environment(self) -> dict[str, Any]:
+        """environment.json."""
+        kinds = {"base_model.sha256": str, "scaling.gamma": int | float | dict, "external_sha256": dict}
+        return read_record(self.path / "environment.json", kinds)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one round's line to metrics.jsonl."""
+        append_line(self.path / "metrics.jsonl", to_json(record))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a torn last line (power loss while it was written) is left out.
+
+        Raises:
+            StorageError: a complete line is damaged.
+        """
+        path = self.path / "metrics.jsonl"
+        return read_records(path, {"round_num": int}) if path.is_file() else []
+
+    def drop_metrics_after(self, round_num: int) -> None:
+        """Take back the lines of rounds that no checkpoint holds."""
+        kept = [record for record in self.metrics() if record["round_num"] <= round_num]
+        write_text(self.path / "metrics.jsonl", "".join(to_json(record) + "\n" for record in kept))
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json; empty while the run is not finished."""
+        path = self.path / "summary.json"
+        return read_record(path, _SUMMARY) if path.is_file() else {}
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json, the mark of a finished run."""
+        write_json(self.path / "summary.json", summary)
+
+    def adapter_path(self, client_id: str | None) -> Path:
+        """The PEFT directory of a client, or of the shared part for None."""
+        if client_id is None:
+            return self.path / "adapters" / "shared"
+        return self.path / "adapters" / "clients" / safe_directory_name(client_id)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The states after rounds."""
+        return Checkpoints(self.path / "checkpoints")
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half written: temporary files, and adapters of an unfinished run."""
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        self.checkpoints.remove_leftovers()
+        if not self.summary():
+            shutil.rmtree(self.path / "adapters", ignore_errors=True)
