@@ -195,13 +195,22 @@ def test_the_stack_has_the_rank_that_the_paper_says(name: str) -> None:
         assert tuple(after.extra[f"fresh_right:{target.path}"].shape) == (3 * RANK, target.in_features)
 
 
-def test_one_client_of_fedex_leaves_the_base_delta_as_it_is(small: ResidentModel) -> None:
-    scene = replace(make_scene(Case("fedex"), small), cohort=("ann",))
+@pytest.mark.parametrize("agreed", [Part.A, Part.B, None], ids=["A", "B", "one client"])
+def test_fedex_leaves_the_base_delta_as_it_is_where_clients_agree_on_a_factor(
+    agreed: Part | None, small: ResidentModel
+) -> None:
+    scene = make_scene(Case("fedex"), small)
+    if agreed is None:
+        scene = replace(scene, cohort=("ann",))
+    else:
+        common = select_parts(scene.held["ann"], [agreed])
+        scene = replace(scene, held={client: {**own, **common} for client, own in scene.held.items()})
     after = scene.step()
     assert not [name for name in after.extra if name.startswith("fresh")]
     before, now = total_deltas(scene.state.extra), total_deltas(after.extra)
     assert before.keys() == now.keys()
     assert all(torch.equal(before[path].matrix(), now[path].matrix()) for path in before)
+    require_served(scene, after, small, "examples")
 
 
 # Ranks of their own

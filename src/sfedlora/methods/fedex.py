@@ -12,7 +12,8 @@ clients. Exact: W + s B A after the step is the mean of W + s B_k A_k. The resid
 
     sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A)
 
-which has rank at most m r, holds no difference of large products and is nothing at all for one client.
+which has rank at most m r, holds no difference of large products and is nothing at all where all clients have the same
+A or the same B (one client, a round in which only one factor moved).
 
 Deviations: the paper sends the residual as a matrix; here it travels as factors. Server optimizers are refused: the
 residual belongs to the mean, not to a step along it. All clients have one rank.
@@ -80,13 +81,17 @@ class FedEx:
 
 
 def _residual(contributions: Sequence[Contribution], mean: Tensors, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
-    """Columns p_k s (B_k - B) and rows A_k - A of the clients whose factors differ from the mean."""
+    """Columns p_k s (B_k - B) and rows A_k - A; none of either where they would be rounding errors of the mean."""
     wide = torch.promote_types(mean[name_a].dtype, torch.float32)
     a, b = mean[name_a].to(wide), mean[name_b].to(wide)
-    columns, rows = [b.new_zeros(b.shape[0], 0)], [a.new_zeros(0, a.shape[1])]
-    for item in contributions:
-        off_a, off_b = item.tensors[name_a].to(wide) - a, item.tensors[name_b].to(wide) - b
-        if bool(off_a.any()) and bool(off_b.any()):
-            columns.append(off_b * (item.weight * item.scaling))
-            rows.append(off_a)
+    if _agree(contributions, name_a) or _agree(contributions, name_b):
+        return b[:, :0], a[:0]
+    columns = [(item.tensors[name_b].to(wide) - b) * (item.weight * item.scaling) for item in contributions]
+    rows = [item.tensors[name_a].to(wide) - a for item in contributions]
     return torch.cat(columns, dim=1), torch.cat(rows)
+
+
+def _agree(contributions: Sequence[Contribution], name: str) -> bool:
+    """Whether all clients sent the same factor."""
+    first = contributions[0].tensors[name]
+    return all(item.tensors[name].equal(first) for item in contributions)
