@@ -1,123 +1,199 @@
-"""The presets of the other methods, server optimizers and the proximal term through the command line."""
+"""Every preset on a chat and a sentiment task: three rounds from the command line, then stock PEFT and transformers.
+
+Stock libraries load what the run wrote and give the logits that its last evaluation used.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from sfedlora import RunConfig, run
+from sfedlora import RunConfig
+from sfedlora.config.presets import PRESETS
 from support.command_line import sfedlora, write_config
-from support.stock import causal_model, plain_encoding, response_loss, rows_of, tokenizer_of
+from support.sentiment import write_sentiment
+from support.served import Served
+from support.stock import (
+    causal_model,
+    class_loss,
+    classifier,
+    logits_of,
+    plain_encoding,
+    response_loss,
+    rows_of,
+    tokenizer_of,
+)
 
 Capsys = pytest.CaptureFixture[str]
-PRESETS = {"rolora": "rolora", "flexlora": "flexlora", "hetlora": "hetlora", "lora-fair": "fair"}
 CHAT = Path(__file__).parents[2] / "src" / "sfedlora" / "assets" / "tiny_chat.jsonl"
+METHODS = {name: preset["method"]["name"] for name, preset in PRESETS.items()}
+MAX_LENGTH = 48
+LABELS = ["negative", "positive"]
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    return write_config(tmp_path / "run.yaml", rounds={"num_rounds": 3}, output=str(tmp_path / "run"), preset=None)
+def _run(capsys: Capsys, config: Path, *overrides: str) -> Path:
+    outcome = sfedlora(capsys, "run", config, *overrides)
+    assert outcome.code == 0, outcome.err
+    assert "warning" not in outcome.err
+    return config.parent / "run"
+
+
+def _clients(run_dir: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Client id -> its adapter and the rows that it validates on."""
+    found = json.loads((run_dir / "partition.json").read_text(encoding="utf-8"))["clients"]
+    return {key: (run_dir / "adapters" / "clients" / facts["dir"], facts["validation"]) for key, facts in found.items()}
+
+
+def _last_line(run_dir: Path) -> dict[str, Any]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    content: dict[str, Any] = json.loads(lines[-1])
+    return content
+
+
+def _largest_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference over the largest value."""
+    largest = max(float(logits.abs().max()) for logits in theirs)
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) / largest
+
+
+def _check_what_was_run(run_dir: Path, preset: str) -> None:
+    """Settings and rounds are the preset's, the loss fell, and what is shared is the same in every directory."""
+    resolved = RunConfig.load(run_dir / "config.yaml")
+    rule = PRESETS[preset]
+    assert (resolved.method.name, resolved.lora.scaling) == (METHODS[preset], rule["lora"]["scaling"])
+    assert resolved.lora.init == rule["lora"]["init"]
+    assert resolved.method.head == ("personal" if METHODS[preset] == "fedsa" else "shared")
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    initial, last = (summary[when]["validation"]["weighted"]["eval_loss"] for when in ("initial", "last"))
+    assert last < initial
+    shared = load_file(run_dir / "adapters" / "shared" / "adapter_model.safetensors")
+    for adapter, _ in _clients(run_dir).values():
+        own = load_file(adapter / "adapter_model.safetensors")
+        equal = {name for name, tensor in own.items() if name in shared and tensor.equal(shared[name])}
+        assert equal == {name for name in own if METHODS[preset] != "fedsa" or "lora_A" in name}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_learns_and_stock_peft_measures_the_same_loss(
-    preset: str, config: Path, tmp_path: Path, capsys: Capsys
-) -> None:
-    outcome = sfedlora(capsys, "run", config, f"preset={preset}")
+def test_a_preset_on_chat(preset: str, tmp_path: Path, capsys: Capsys) -> None:
+    config = write_config(tmp_path / "run.yaml", rounds={"num_rounds": 3}, output=str(tmp_path / "run"), preset=None)
+    run_dir = _run(capsys, config, f"preset={preset}")
+    _check_what_was_run(run_dir, preset)
+    served, rows, clients = Served.load(run_dir), rows_of(CHAT), _clients(run_dir)
+    for client_id, (adapter, validation) in clients.items():
+        model, tokenizer = causal_model(adapter), tokenizer_of(adapter)
+        encoded = [plain_encoding(rows[row], tokenizer, MAX_LENGTH) for row in validation]
+        inputs = [ids for ids, _ in encoded]
+        assert _largest_error(served.logits(client_id, inputs), logits_of(model, inputs)) <= 1e-5
+        recorded = _last_line(run_dir)["clients"][client_id]["eval_loss"]
+        assert response_loss(model, encoded) == pytest.approx(recorded, rel=1e-5)
+    shared = logits_of(causal_model(run_dir / "adapters" / "shared"), inputs)
+    assert _largest_error(served.logits(None, inputs), shared) <= 1e-5
+    for client, options in ((client_id, ("--client", client_id)), (None, ())):
+        target = tmp_path / f"merged-{client}"
+        assert sfedlora(capsys, "export", run_dir, target, "--merged", *options).code == 0
+        merged = AutoModelForCausalLM.from_pretrained(target).eval()
+        assert _largest_error(served.logits(client, inputs), logits_of(merged, inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_on_sentiment(preset: str, tmp_path: Path, capsys: Capsys) -> None:
+    config = write_sentiment(tmp_path, rounds={"num_rounds": 3}, preset=None)
+    run_dir = _run(capsys, config, f"preset={preset}")
+    _check_what_was_run(run_dir, preset)
+    check_sentiment(run_dir, rows_of(tmp_path / "rows.jsonl"), max_length=MAX_LENGTH)
+    (client_id, (adapter, validation)), *_ = _clients(run_dir).items()
+    inputs = [tokenizer_of(adapter)(rows_of(tmp_path / "rows.jsonl")[row]["text"])["input_ids"] for row in validation]
+    outcome = sfedlora(capsys, "export", run_dir, tmp_path / "merged", "--merged", "--client", client_id)
     assert outcome.code == 0, outcome.err
-    assert "warning" not in outcome.err
-    run_dir = tmp_path / "run"
-    resolved = RunConfig.load(run_dir / "config.yaml")
-    assert (resolved.method.name, resolved.lora.scaling, resolved.lora.init, resolved.method.head) == (
-        PRESETS[preset],
-        "lora",
-        "shared",
-        "shared",
-    )
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    initial, last = (summary[when]["validation"]["weighted"]["eval_loss"] for when in ("initial", "last"))
-    assert [line["round_num"] for line in lines] == [1, 2, 3]
-    assert last < initial
-    rows = rows_of(CHAT)
-    clients = json.loads((run_dir / "partition.json").read_text(encoding="utf-8"))["clients"]
-    assert len(clients) == 3
-    stored = [
-        load_file(run_dir / "adapters" / "clients" / c["dir"] / "adapter_model.safetensors") for c in clients.values()
-    ]
-    shared = load_file(run_dir / "adapters" / "shared" / "adapter_model.safetensors")
-    assert all(tensor.equal(own[name]) for own in stored for name, tensor in shared.items())
-    for client_id, facts in clients.items():
-        adapter = run_dir / "adapters" / "clients" / facts["dir"]
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert [merged.config.id2label[number] for number in range(2)] == LABELS
+    assert _largest_error(Served.load(run_dir).logits(client_id, inputs), logits_of(merged, inputs)) <= 1e-5
+
+
+def check_sentiment(run_dir: Path, rows: list[dict[str, Any]], *, max_length: int) -> None:
+    """Stock PEFT gives our logits, loss and accuracy on what each client validates on, and loads the shared part."""
+    served = Served.load(run_dir)
+    for client_id, (adapter, validation) in _clients(run_dir).items():
         tokenizer = tokenizer_of(adapter)
-        encoded = [plain_encoding(rows[row], tokenizer, 48) for row in facts["validation"]]
-        expected = lines[-1]["clients"][client_id]["eval_loss"]
-        assert response_loss(causal_model(adapter), encoded) == pytest.approx(expected, rel=1e-5)
+        labels = [LABELS.index(rows[row]["label"]) for row in validation]
+        texts = [rows[row]["text"] for row in validation]
+        inputs = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in texts]
+        theirs = logits_of(classifier(adapter, 2), inputs)
+        assert _largest_error(served.logits(client_id, inputs), theirs) <= 1e-5
+        recorded = _last_line(run_dir)["clients"][client_id]
+        assert class_loss(theirs, labels) == pytest.approx(recorded["eval_loss"], rel=1e-5)
+        right = sum(int(logits.argmax()) == label for logits, label in zip(theirs, labels, strict=True))
+        assert recorded["accuracy"] == pytest.approx(right / len(labels))
+    shared = logits_of(classifier(run_dir / "adapters" / "shared", 2), inputs)
+    assert _largest_error(served.logits(None, inputs), shared) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi"])
-def test_a_server_optimizer_learns_and_auto_is_written_as_a_number(name: str, config: Path, tmp_path: Path) -> None:
-    result = run(RunConfig.load(config, ["preset=sfed-lora", f"rounds.server_optimizer={name}"]))
-    resolved = RunConfig.load(tmp_path / "run" / "config.yaml")
-    assert resolved.rounds.server_learning_rate == (1.0 if name == "fedavgm" else 0.01)
-    assert resolved.rounds.server_optimizer == name
-    initial, last = (result.summary[when]["validation"]["weighted"]["eval_loss"] for when in ("initial", "last"))
-    assert last < initial
-    plain = run(RunConfig.load(config, ["preset=sfed-lora", f"output={tmp_path / 'plain'}"]))
-    with_it, without = (load_file(r.adapter() / "adapter_model.safetensors") for r in (result, plain))
-    assert any(not torch.equal(tensor, without[key]) for key, tensor in with_it.items())
-
-
-def test_a_diverging_server_optimizer_is_a_failed_run_that_says_why(config: Path, capsys: Capsys) -> None:
-    overrides = ("preset=sfed-lora", "rounds.server_optimizer=fedavgm", "rounds.server_learning_rate=1e30")
-    outcome = sfedlora(capsys, "run", config, *overrides, "rounds.num_rounds=9")
-    assert outcome.code == 3
-    assert "round 2" in outcome.err
-    assert "Traceback" not in outcome.err
-
-
-def test_the_proximal_term_holds_the_shared_factor(config: Path, tmp_path: Path) -> None:
-    moved = []
-    for mu in (0, 50):
-        overrides = [
-            "preset=sfed-lora",
-            f"rounds.proximal_mu={mu}",
-            f"output={tmp_path / str(mu)}",
-            "rounds.num_rounds=1",
-        ]
-        fixed = ["local.optimizer=sgd", "local.local_steps=4"]
-        result = run(RunConfig.load(config, [*overrides, *fixed]))
-        before = run(
-            RunConfig.load(config, [*overrides, *fixed, "local.learning_rate=1e-20", f"output={tmp_path / f'{mu}-0'}"])
-        )
-        end, start = (load_file(r.adapter() / "adapter_model.safetensors") for r in (result, before))
-        moved.append(sum(float((end[key] - start[key]).square().sum()) for key in end if "lora_A" in key))
-    assert 0 < moved[1] < 0.7 * moved[0]
-
-
-REFUSED = {
-    "flexlora with sfed": (["preset=flexlora", "lora.scaling=sfed"], "'flexlora' gives A orthonormal rows"),
-    "flexlora above the rank": (["preset=flexlora", "lora.rank=400"], "lora.rank: 400 is above min"),
-    "flexlora with momentum": (["preset=flexlora", "rounds.server_optimizer=fedavgm"], "chooses anew by an SVD"),
-    "rolora with own draws": (["preset=rolora", "lora.init=local"], "freezes one A"),
-    "an unknown optimizer": (["rounds.server_optimizer=adam"], "rounds.server_optimizer"),
-    "momentum 1": (["rounds.server_momentum=1"], "rounds.server_momentum"),
-    "tau 0": (["rounds.server_tau=0"], "rounds.server_tau"),
-    "rate 0": (["rounds.server_learning_rate=0"], "rounds.server_learning_rate"),
-    "a negative mu": (["rounds.proximal_mu=-1"], "rounds.proximal_mu"),
-    "mu nan": (["rounds.proximal_mu=.nan"], "rounds.proximal_mu"),
+FORMS = {
+    "factors": (["lora.rank=1", "lora.target_modules=all-linear"], {"delta_left", "delta_right"}),
+    "matrices": (["lora.rank=16", "rounds.num_rounds=5", "local.local_steps=1"], {"delta_full"}),
 }
+"""What base deltas look like in the end: settings, and the tensors that hold all but the last round's."""
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_makes_no_sense_is_refused(case: str, config: Path, tmp_path: Path, capsys: Capsys) -> None:
-    overrides, words = REFUSED[case]
-    outcome = sfedlora(capsys, "run", config, *overrides)
-    assert outcome.code == 2, outcome.err
-    assert words in " ".join(outcome.err.split())
-    assert "Traceback" not in outcome.err
-    assert not (tmp_path / "run").exists()
+def _chat_inputs(adapter: Path, every: int) -> list[list[int]]:
+    tokenizer = tokenizer_of(adapter)
+    return [plain_encoding(row, tokenizer, MAX_LENGTH)[0] for row in rows_of(CHAT)[::every]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("preset", ["flora", "fedex-lora"])
+def test_base_deltas_of_both_forms(preset: str, form: str, tmp_path: Path, capsys: Capsys) -> None:
+    overrides, kinds = FORMS[form]
+    config = write_config(tmp_path / "run.yaml", rounds={"num_rounds": 3}, output=str(tmp_path / "run"), preset=preset)
+    run_dir = _run(capsys, config, *overrides)
+    served = Served.load(run_dir)
+    assert {kind for kind in served.delta_kinds if kind.startswith("delta")} == kinds
+    adapters = {client_id: adapter for client_id, (adapter, _) in _clients(run_dir).items()}
+    for client_id, adapter in (*list(adapters.items())[:1], (None, run_dir / "adapters" / "shared")):
+        inputs = _chat_inputs(adapter, every=20)
+        assert _largest_error(served.logits(client_id, inputs), logits_of(causal_model(adapter), inputs)) <= 1e-5
+        target = tmp_path / f"merged-{client_id}"
+        options = [] if client_id is None else ["--client", client_id]
+        assert sfedlora(capsys, "export", run_dir, target, "--merged", *options).code == 0
+        merged = AutoModelForCausalLM.from_pretrained(target).eval()
+        assert _largest_error(served.logits(client_id, inputs), logits_of(merged, inputs)) <= 1e-5
+
+
+def _steps_apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest distance of two bfloat16 tensors, each value's in units of the spacing of bfloat16 at that value."""
+    exponents = torch.frexp(theirs.float()).exponent - 8
+    spacing = torch.ldexp(torch.ones(theirs.shape), exponents)
+    return float(((ours.float() - theirs.float()).abs() / spacing).max())
+
+
+BFLOAT16 = [
+    ("sfed-lora", []),
+    ("fedit", []),
+    *((preset, settings) for preset in ("flora", "fedex-lora") for settings, _ in FORMS.values()),
+]
+
+
+@pytest.mark.parametrize(("preset", "overrides"), BFLOAT16, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_bfloat16_base(preset: str, overrides: list[str], tmp_path: Path, capsys: Capsys) -> None:
+    config = write_config(tmp_path / "run.yaml", rounds={"num_rounds": 3}, output=str(tmp_path / "run"), preset=preset)
+    run_dir = _run(capsys, config, "model.dtype=bfloat16", *overrides)
+    served = Served.load(run_dir)
+    client_id, (adapter, _) = next(iter(_clients(run_dir).items()))
+    inputs = _chat_inputs(adapter, every=8)
+    ours, theirs = served.logits(client_id, inputs), logits_of(causal_model(adapter, torch.bfloat16), inputs)
+    assert {logits.dtype for logits in (*ours, *theirs)} == {torch.bfloat16}
+    assert max(_steps_apart(a, b) for a, b in zip(ours, theirs, strict=True)) <= 2
+    if not served.delta_kinds:
+        stored = load_file(adapter / "adapter_model.safetensors")
+        factors = served.factors(client_id)
+        assert len(stored) == len(factors)
+        for name, tensor in factors.items():
+            kind, _, path = name.partition(":")
+            assert stored[f"base_model.model.{path}.lora_{kind.upper()}.weight"].equal(tensor)

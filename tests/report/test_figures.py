@@ -123,6 +123,7 @@ def test_fourteen_presets_look_different_in_every_panel(tmp_path: Path, monkeypa
         looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.get_lines()}
         assert len(looks) == len(PRESETS)
         legend = axes.get_legend()
+        assert legend is not None
         assert [text.get_text() for text in legend.get_texts()] == list(PRESETS)
         box = legend.get_window_extent()
         assert box.x0 >= 0

@@ -9,21 +9,57 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-__all__ = ["causal_model", "plain_encoding", "response_loss", "rows_of", "tokenizer_of"]
+__all__ = [
+    "causal_model",
+    "class_loss",
+    "classifier",
+    "logits_of",
+    "plain_encoding",
+    "response_loss",
+    "rows_of",
+    "tokenizer_of",
+]
 
 
-def causal_model(adapter: Path) -> PreTrainedModel:
+def causal_model(adapter: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Base model, as the adapter's own config names it, with the adapter."""
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(_base_of(adapter), dtype=dtype)
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def classifier(adapter: Path, num_labels: int) -> PreTrainedModel:
+    """As `causal_model`, a classifier with the head of the adapter."""
+    model = AutoModelForSequenceClassification.from_pretrained(_base_of(adapter), num_labels=num_labels)
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def tokenizer_of(adapter: Path) -> PreTrainedTokenizerBase:
-    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return AutoTokenizer.from_pretrained(base)
+    return AutoTokenizer.from_pretrained(_base_of(adapter))
+
+
+def _base_of(adapter: Path) -> str:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return str(config["base_model_name_or_path"])
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, inputs: list[list[int]]) -> list[Tensor]:
+    """The logits of each example by itself, so without padding."""
+    return [model(torch.tensor([ids])).logits[0] for ids in inputs]
+
+
+def class_loss(logits: list[Tensor], labels: list[int]) -> float:
+    """Mean cross entropy over examples in float64."""
+    scores = torch.log_softmax(torch.stack(logits).double(), dim=-1)
+    return -float(scores[torch.arange(len(labels)), torch.tensor(labels)].mean())
 
 
 def rows_of(source: Path) -> list[dict[str, Any]]:
