@@ -5,8 +5,8 @@ The model after some rounds is judged against a plain one whose weights were sum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfedlora.errors import ClientError
-from sfedlora.federation.client import ClientOutcome, ClientWork, TrainingSetup, train_client
+from federation.capturing import captured, equal
+from sfedlora.federation.client import ClientOutcome, TrainingSetup, train_client
 from sfedlora.federation.round import RoundFinished, run_rounds
-from sfedlora.federation.runners import Runner
 from sfedlora.federation.runners.serial import SerialRunner
 from sfedlora.federation.state import Federation, load_serving
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.types import LoraSize, LoraSizes, Part, Tensors, select_parts
-from support.tiny_federation import CAUSAL_TARGETS, ROUNDS, TRAINING, Ran, run_all, tiny_federation
+from support.tiny_federation import CAUSAL_TARGETS, ROUNDS, TRAINING, run_all, tiny_federation
 from support.tiny_models import VOCAB_SIZE, tiny_llama
 
 IDS = torch.randint(3, VOCAB_SIZE, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -37,41 +36,12 @@ COHORTS = [["c", "d"], ["c", "d"], ["a", "c"], ["a", "b"]]
 Dense = NDArray[np.float64]
 
 
-@dataclass
-class Capturing:
-    """Keeps every piece of work and every outcome that passes."""
-
-    inner: Runner
-    work: list[ClientWork] = field(default_factory=list)
-    outcomes: list[ClientOutcome] = field(default_factory=list)
-
-    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
-        return self.inner.order(cohort)
-
-    def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
-        for work in cohort:
-            self.work.append(work)
-            for outcome in self.inner.run_cohort([work]):
-                assert isinstance(outcome, ClientOutcome)
-                self.outcomes.append(outcome)
-                yield outcome
-
-
 def federation_of(method: str, *, unequal: bool = False, **settings: Any) -> Federation:
     federation = tiny_federation(method=method, init="shared", rule="lora", rounds=FOUR, **settings)
     if unequal:
         clients = {client: LoraSize(rank, 8.0 / rank) for client, rank in RANKS.items()}
         return replace(federation, sizes=LoraSizes(LoraSize(4, 2.0), clients))
     return federation
-
-
-def captured(federation: Federation) -> tuple[Ran, Capturing]:
-    runner = Capturing(federation.runner)
-    return run_all(replace(federation, runner=runner)), runner
-
-
-def equal(left: Tensors, right: Tensors) -> bool:
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 def corrections(federation: Federation, outcomes: Sequence[ClientOutcome], rounds: int) -> dict[str, Dense]:
@@ -114,7 +84,7 @@ def test_everybody_serves_the_plain_model_with_what_was_sent_added_to_its_weight
     for number in range(1, 5):
         expected = plain_logits(corrections(federation, runner.outcomes, number))
         for client in "abcd":  # in the cohort or not
-            load_serving(federation, ran.states[number], client)
+            load_serving(federation, ran.states[number], [client])
             with torch.no_grad():
                 logits = federation.resident.model(input_ids=IDS).logits
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
