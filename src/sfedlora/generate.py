@@ -47,7 +47,7 @@ def answer_before_and_after(run_dir: Path, *, client_id: str | None = None, max_
     tokens = federation.data.example_tokens(row)
     start = int(federation.data.label_starts[row])
     prompt = torch.from_numpy(tokens[:start].astype("int64"))[None]
-    load_serving(federation, state, chosen)
+    load_serving(federation, state, [chosen])
     after = _generate(prepared, prompt, max_new_tokens)
     federation.resident.flat(Part.B).zero_()
     federation.resident.set_base_deltas({})

@@ -10,9 +10,9 @@ import torch
 
 from federation.peft_oracle import Example, batch_nll
 from sfedlora.data.encoded import EncodedData
-from sfedlora.federation.evaluate import EvalBatching, EvalResult, evaluate_examples, mean_results
+from sfedlora.federation.evaluate import EvalBatching, EvalResult, evaluate_examples, evaluate_stack, mean_results
 from sfedlora.federation.objective import Task
-from sfedlora.types import Part
+from sfedlora.types import LoraSize, Part
 from support.tiny_federation import PAD, adapted, random_classes, random_text
 from support.tiny_models import tiny_bert_classifier, tiny_llama
 
@@ -20,7 +20,8 @@ CHOSEN = [3, 17, 4, 9, 11, 2, 30, 5]
 
 
 def evaluate(task: Task, data: EncodedData, indices: list[int], batching: EvalBatching) -> EvalResult:
-    return evaluate_examples(adapted(task), data, indices, task=task, batching=batching, pad_token_id=PAD)
+    [result] = evaluate_examples(adapted(task), data, [indices], task=task, batching=batching, pad_token_id=PAD)
+    return result
 
 
 @pytest.mark.parametrize("batching", [EvalBatching(1, 64), EvalBatching(3, 64), EvalBatching(99, 9999)], ids=str)
@@ -92,8 +93,46 @@ def test_evaluation_leaves_the_model_and_its_gradients_alone() -> None:
     resident = adapted()
     before = {name: tensor.clone() for name, tensor in resident.read().items()}
     evaluate_examples(
-        resident, random_text(9), [0, 1], task="causal-lm", batching=EvalBatching(4, 64), pad_token_id=PAD
+        resident, random_text(9), [[0, 1]], task="causal-lm", batching=EvalBatching(4, 64), pad_token_id=PAD
     )
     assert all(resident.read()[name].equal(before[name]) for name in before)
     assert resident.dropout.seeds is None
     assert not any(bool(resident.flat_grad(part).any()) for part in (Part.A, Part.B))
+
+
+GROUPS = [[3, 17, 4], [9], [11, 2, 30, 5, 8, 1, 33], [12, 13]]
+TASKS: list[Task] = ["causal-lm", "sequence-classification"]
+
+
+def data_of(task: Task) -> EncodedData:
+    return random_text(40) if task == "causal-lm" else random_classes(40)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_clients_of_one_model_get_their_own_metrics_out_of_common_batches(task: Task) -> None:
+    data, resident, batching = data_of(task), adapted(task), EvalBatching(4, 40)
+    together = evaluate_examples(resident, data, GROUPS, task=task, batching=batching, pad_token_id=PAD)
+    for group, result in zip(GROUPS, together, strict=True):
+        alone = evaluate(task, data, group, batching)
+        assert result.num_examples == len(group)
+        assert result.metrics() == pytest.approx(alone.metrics(), rel=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_stack_gets_the_metrics_of_each_adapter_alone(task: Task) -> None:
+    data, resident, batching = data_of(task), adapted(task), EvalBatching(8, 60)
+    names = resident.read()
+    generator = torch.Generator().manual_seed(0)
+    sizes = [LoraSize(rank, 2.0 / rank) for rank in (4, 2, 4, 1)]
+    shapes = [resident.layout.shapes(size.rank) for size in sizes]
+    adapters = [{name: torch.randn(own[name], generator=generator) * 0.3 for name in names} for own in shapes]
+    resident.serve_stack(adapters, sizes=sizes, base_deltas={})
+    stacked = evaluate_stack(resident, data, GROUPS, task=task, batching=batching, pad_token_id=PAD)
+    losses = set()
+    for group, adapter, size, result in zip(GROUPS, adapters, sizes, stacked, strict=True):
+        resident.serve(adapter, size=size, base_deltas={})
+        [alone] = evaluate_examples(resident, data, [group], task=task, batching=batching, pad_token_id=PAD)
+        assert result.num_examples == len(group)
+        assert result.metrics() == pytest.approx(alone.metrics(), rel=1e-5)
+        losses.add(round(alone.loss, 4))
+    assert len(losses) == len(GROUPS)  # the adapters matter

@@ -40,7 +40,7 @@ class Served:
             deltas = select_deltas(self.state.server.extra)
             federation.resident.serve(tensors, size=federation.sizes.server, base_deltas=deltas)
         else:
-            load_serving(federation, self.state, client_id)
+            load_serving(federation, self.state, [client_id])
         return [federation.resident.model(torch.tensor([ids])).logits[0] for ids in inputs]
 
     def factors(self, client_id: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from sfedlora.errors import DataError
 
-__all__ = ["IGNORED_LABEL", "Batch", "EncodedData", "GroupedBatch", "collate", "collate_groups"]
+__all__ = ["IGNORED_LABEL", "NO_EXAMPLES", "Batch", "EncodedData", "GroupedBatch", "collate", "collate_groups"]
 
 IGNORED_LABEL = -100
+NO_EXAMPLES: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ class EncodedData:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(n,) tokens of each example."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def num_label_tokens(self) -> NDArray[np.int64]:
         """(n,) labelled tokens of each example; 1 each for classification (its label)."""
         if self.label_starts is None:

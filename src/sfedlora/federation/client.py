@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sfedlora.data.batches import plan_local_batches
-from sfedlora.data.encoded import EncodedData, collate_groups
+from sfedlora.data.encoded import NO_EXAMPLES, EncodedData, collate_groups
 from sfedlora.errors import ClientError
 from sfedlora.federation.objective import Task, batch_loss
 from sfedlora.lora.inject import ResidentModel
@@ -36,8 +36,6 @@ __all__ = [
     "train_client",
     "train_clients",
 ]
-
-NO_EXAMPLES: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)

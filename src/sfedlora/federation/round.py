@@ -14,15 +14,21 @@ from typing import Any, Literal
 
 import torch
 
-from sfedlora.data.encoded import EncodedData
 from sfedlora.errors import ClientError, RunError, UpdateError
 from sfedlora.federation.client import ClientOutcome, ClientWork
-from sfedlora.federation.evaluate import EvalResult, evaluate_examples, mean_results
+from sfedlora.federation.evaluate import EvalResult, evaluate_examples, evaluate_stack, mean_results
 from sfedlora.federation.record import client_records, evaluation_record, scaling_record, training_record
 from sfedlora.federation.sampling import sample_cohort, sample_evaluated
 from sfedlora.federation.schedule import learning_rate_at
 from sfedlora.federation.server_optimizer import apply_server_optimizer
-from sfedlora.federation.state import Federation, FederationState, load_serving, starting_adapter, with_clients
+from sfedlora.federation.state import (
+    Federation,
+    FederationState,
+    load_serving,
+    serves_one_model,
+    starting_adapter,
+    with_clients,
+)
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.scaling import effective_clients
 from sfedlora.methods import aggregate, broadcast_tensors, check_update, client_weights
@@ -41,6 +47,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+MAX_EVALUATED_TOGETHER = 32
+"""Clients that are evaluated in common batches where they serve one model; a stop waits for so many."""
 Split = Literal["train", "validation", "test"]
 
 
@@ -159,9 +167,7 @@ def run_round(
         **_traffic_record(federation, before, updates, cohort),
         **seconds,
         "excluded": dict(sorted(excluded.items())),
-        "clients": client_records(
-            outcomes, evaluated, {key: len(split.train) for key, split in federation.splits.items()}
-        ),
+        "clients": client_records(outcomes, evaluated, {key: len(federation.splits[key].train) for key in evaluated}),
     }
     yield RoundFinished(state, record)
     return state
@@ -172,14 +178,28 @@ def evaluate_clients(
 ) -> Iterator[tuple[str, int, EvalResult]]:
     """Evaluate each chosen client on a split of its own data with the adapter it serves now.
 
+    Clients share forward passes where they serve one model, or where the runner stacks adapters.
+
     Yields:
         Client id, number of clients that are evaluated, result; in client-id order.
     """
     chosen = _evaluated_clients(federation, cohort)
-    for client_id in chosen:
-        load_serving(federation, state, client_id)
-        indices = getattr(federation.splits[client_id], split)
-        yield client_id, len(chosen), _evaluate(federation, federation.data, indices)
+    one_model = serves_one_model(federation)
+    together = MAX_EVALUATED_TOGETHER if one_model else federation.batching.clients_per_batch
+    for start in range(0, len(chosen), together):
+        clients = chosen[start : start + together]
+        load_serving(federation, state, clients[:1] if one_model else clients)
+        evaluate = evaluate_examples if one_model or len(clients) == 1 else evaluate_stack
+        results = evaluate(
+            federation.resident,
+            federation.data,
+            [getattr(federation.splits[client_id], split) for client_id in clients],
+            task=federation.task,
+            batching=federation.batching,
+            pad_token_id=federation.pad_token_id,
+        )
+        for client_id, result in zip(clients, results, strict=True):
+            yield client_id, len(chosen), result
 
 
 def evaluate_external(
@@ -190,9 +210,17 @@ def evaluate_external(
     if data is None or not client_ids:
         return {}
     results: dict[str, EvalResult] = {}
-    for client_id in client_ids:
-        load_serving(federation, state, client_id)
-        results[client_id] = _evaluate(federation, data, range(len(data)))
+    evaluated = client_ids[:1] if serves_one_model(federation) else client_ids
+    for client_id in evaluated:
+        load_serving(federation, state, [client_id])
+        [results[client_id]] = evaluate_examples(
+            federation.resident,
+            data,
+            [range(len(data))],
+            task=federation.task,
+            batching=federation.batching,
+            pad_token_id=federation.pad_token_id,
+        )
     return {f"external_{split}": mean_results(results, weighted=False)}
 
 
@@ -285,17 +313,6 @@ def _evaluated_clients(federation: Federation, cohort: Sequence[str]) -> tuple[s
     if evaluated == "all":
         return tuple(sorted(federation.splits))
     return sample_evaluated(list(federation.splits), evaluated, seed=federation.seed)
-
-
-def _evaluate(federation: Federation, data: EncodedData, indices: Sequence[int]) -> EvalResult:
-    return evaluate_examples(
-        federation.resident,
-        data,
-        indices,
-        task=federation.task,
-        batching=federation.batching,
-        pad_token_id=federation.pad_token_id,
-    )
 
 
 def _gain(adapter: Tensors, scaling: float) -> float:

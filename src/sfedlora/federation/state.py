@@ -29,6 +29,7 @@ __all__ = [
     "RoundSettings",
     "initial_state",
     "load_serving",
+    "serves_one_model",
     "serving_adapter",
     "starting_adapter",
     "with_clients",
@@ -172,13 +173,18 @@ def starting_adapter(federation: Federation, state: FederationState, client_id: 
     return adapter
 
 
-def load_serving(federation: Federation, state: FederationState, client_id: str) -> None:
-    """Make the resident model the one that a client serves now."""
-    federation.resident.serve(
-        serving_adapter(federation, state, client_id),
-        size=federation.sizes.of(client_id),
+def load_serving(federation: Federation, state: FederationState, client_ids: Sequence[str]) -> None:
+    """Make the resident model the one that a client serves now, or a stack of those that several clients serve."""
+    federation.resident.serve_stack(
+        [serving_adapter(federation, state, client_id) for client_id in client_ids],
+        sizes=[federation.sizes.of(client_id) for client_id in client_ids],
         base_deltas=select_deltas(state.server.extra),
     )
+
+
+def serves_one_model(federation: Federation) -> bool:
+    """Whether all clients serve the same adapter: nothing personal, one rank."""
+    return not federation.method.personal_parts() and not federation.sizes.clients
 
 
 def _keeps_own_a(federation: Federation) -> bool:
