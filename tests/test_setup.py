@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from sfedlora import RunConfig
 from sfedlora.errors import ConfigError
 from sfedlora.setup import Prepared, prepare
+from sfedlora.setup.adapter import client_ranks
 from sfedlora.types import Part, select_parts
 from support.command_line import TINY
 
@@ -96,3 +98,116 @@ def test_other_clients_do_not_change_a_clients_split() -> None:
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="device: 'warp'"):
         _prepare(device="warp")
+
+
+# Ranks
+
+
+def ranks_of(prepared: Prepared) -> dict[str, int]:
+    return {client: prepared.federation.sizes.of(client).rank for client in prepared.federation.splits}
+
+
+def test_listed_ranks_go_to_the_clients_in_the_order_of_the_partition() -> None:
+    prepared = _prepare(rounds__weighting="uniform", lora__rank=[2, 4, 1])
+    federation = prepared.federation
+    clients = list(prepared.partition["clients"])
+    assert ranks_of(prepared) == dict(zip(clients, (2, 4, 1), strict=True))
+    assert federation.sizes.server.rank == federation.resident.rank == 4
+    for client, rank in zip(clients, (2, 4, 1), strict=True):  # alpha 8, three effective clients
+        assert federation.sizes.of(client).scaling == pytest.approx(8 * (3 / rank) ** 0.5)
+    assert federation.sizes.server == federation.sizes.of(clients[1])
+    assert {tensor.shape[0] for tensor in select_parts(federation.initial, [Part.A]).values()} == {4}
+    scaling = prepared.environment["scaling"]
+    assert scaling["ranks"] == dict(zip(clients, (2, 4, 1), strict=True))
+    assert scaling["gamma"] == {client: federation.sizes.of(client).scaling for client in sorted(clients)}
+
+
+@pytest.mark.parametrize("rank", [4, [4, 4, 4]], ids=str)
+def test_equal_ranks_are_one_rank(rank: Any) -> None:
+    prepared = _prepare(lora__rank=rank)
+    assert prepared.federation.sizes.clients == {}
+    assert prepared.federation.sizes.server.rank == prepared.environment["scaling"]["ranks"] == 4
+    assert prepared.environment["scaling"]["gamma"] == prepared.federation.sizes.server.scaling
+
+
+def test_as_many_ranks_as_a_column_has_values() -> None:
+    words = r"lora\.rank: 2 ranks for 8 clients; give one for each, in the order ai, conversations, .*, trivia-2, or"
+    with pytest.raises(ConfigError, match=words):
+        _prepare(lora__rank=[4, 2], partition__num_clients=None)
+
+
+def test_drawn_ranks_depend_on_seed_and_client_alone() -> None:
+    def drawn(**keys: Any) -> dict[str, int]:
+        lora = {"rank": [1, 2, 3, 4], "rank_assignment": "drawn"}
+        return ranks_of(_prepare(lora=lora, partition__num_clients=keys.pop("clients", None), **keys))
+
+    eight = drawn()
+    assert eight == drawn()
+    assert len(eight) == 8
+    assert set(eight.values()) <= {1, 2, 3, 4}
+    assert len(set(eight.values())) > 1
+    assert eight != drawn(seed=1)
+    three = drawn(clients=3)
+    assert three == {client: eight[client] for client in three}
+
+
+def test_drawn_ranks_are_all_equally_likely() -> None:
+    config = RunConfig.from_mapping(
+        {**TINY, "lora": {"rank": [2, 8, 8], "rank_assignment": "drawn"}, "partition": {"num_clients": 3000}}
+    )
+    ranks = list(client_ranks(config, [str(number) for number in range(3000)]).values())
+    assert set(ranks) == {2, 8}
+    assert ranks.count(8) == pytest.approx(2000, abs=4 * (3000 * 2 / 9) ** 0.5)  # four standard deviations
+
+
+def test_the_server_has_the_largest_rank_that_was_drawn() -> None:
+    lora = {"rank": [1, 2, 3, 4, 5, 6], "rank_assignment": "drawn"}
+    prepared = _prepare(lora=lora)
+    assert prepared.federation.sizes.server.rank == max(ranks_of(prepared).values())
+
+
+def test_the_largest_rank_is_the_one_that_must_fit() -> None:
+    method = {"preset": "flexlora"}
+    assert _prepare(**method, lora__rank=[2, 16, 4]).federation.sizes.server.rank == 16
+    with (
+        pytest.warns(UserWarning, match="rank 33 is above"),
+        pytest.raises(ConfigError, match=r"lora\.rank: 33 is above min\(in_features, out_features\) = 32 of .*v_proj"),
+    ):
+        _prepare(**method, lora__rank=[2, 33, 4])
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex", "flexlora", "hetlora"])
+def test_a_method_that_forms_no_average_of_a_counts_one_client(name: str) -> None:
+    # fedex and hetlora average A, but their presets start from one shared draw.
+    preset = {"fedex": "fedex-lora"}.get(name, name)
+    prepared = _prepare(preset=preset)
+    assert prepared.config.lora.init == "shared"
+    assert prepared.federation.effective_clients == 1
+    assert prepared.federation.sizes.server.scaling == pytest.approx(8 / 4)
+
+
+def test_sfed_on_flora_is_rslora_and_warns() -> None:
+    with pytest.warns(UserWarning, match="method flora: A is not the average of independent draws"):
+        prepared = _prepare(preset=None, method__name="flora", lora__scaling="sfed")
+    assert prepared.config.lora.init == "shared"
+    assert prepared.federation.sizes.server.scaling == pytest.approx(8 / 4**0.5)
+
+
+def test_a_method_without_an_argument_for_the_head_is_prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "headless_method.py").write_text(
+        "from sfedlora.methods import FedIT, Traits\n"
+        "class Headless:\n"
+        "    name, traits = 'headless', Traits(exact='no')\n"
+        "    trained_parts = FedIT.trained_parts\n"
+        "    shared_parts = FedIT.shared_parts\n"
+        "    broadcast_parts = FedIT.broadcast_parts\n"
+        "    server_step = FedIT.server_step\n"
+        "    def personal_parts(self):\n"
+        "        return frozenset()\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    prepared = _prepare(preset=None, method__name="headless_method:Headless", lora__scaling="lora")
+    assert prepared.config.method.head == "shared"
+    assert RunConfig.from_mapping(prepared.config.model_dump(mode="json")) == prepared.config
+    assert prepare(prepared.config).config == prepared.config

@@ -169,3 +169,79 @@ def test_every_key_is_documented() -> None:
 )
 def test_values_are_split_at_commas_outside_brackets(text: str, values: list[str]) -> None:
     assert split_values(text) == values
+
+
+# Ranks
+
+
+def with_rank(rank: object, **sections: dict[str, Any]) -> RunConfig:
+    lora = {"rank": rank, **sections.pop("lora", {})}
+    return RunConfig.from_mapping({**LEAST, "lora": lora, **sections})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_list_of_ranks_is_for_methods_that_can(method: str) -> None:
+    scaling = {"scaling": "lora"}
+    different, equal = [4, 8, 2, 4], [4, 4, 4, 4]
+    assert with_rank(equal, method={"name": method}, lora=scaling).lora.rank == (4, 4, 4, 4)
+    if method in {"fedsa", "flora", "flexlora", "hetlora", "local"}:
+        assert with_rank(different, method={"name": method}, lora=scaling).lora.rank == (4, 8, 2, 4)
+        return
+    words = (
+        rf"lora\.rank: method '{method}' needs one rank for all clients, got \[4, 8, 2, 4\]; give one number, or use "
+        "one of fedsa, flora, flexlora, hetlora, local"
+    )
+    with pytest.raises(ConfigError, match=words):
+        with_rank(different, method={"name": method}, lora=scaling)
+
+
+def test_a_list_of_ranks_reads_back_from_files_and_overrides(tmp_path: Path) -> None:
+    config = with_rank([4, 8, 2, 4])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(), encoding="utf-8")
+    assert RunConfig.load(path) == config
+    assert RunConfig.load(path, ["lora.rank=[1, 2, 3, 4]"]).lora.rank == (1, 2, 3, 4)
+    assert RunConfig.load(path, ["lora.rank=8"]).lora.rank == 8
+    drawn = RunConfig.load(path, ["lora.rank=[2, 16]", "lora.rank_assignment=drawn"])
+    assert (drawn.lora.rank, drawn.lora.rank_assignment) == ((2, 16), "drawn")
+
+
+def test_a_listed_rank_is_one_for_each_client() -> None:
+    for rank in ([4, 8], [4, 8, 2, 4, 4]):
+        words = rf"lora\.rank: {len(rank)} ranks for 4 clients \(partition.num_clients\); .*rank_assignment: drawn"
+        with pytest.raises(ConfigError, match=words):
+            with_rank(rank)
+        assert with_rank(rank, lora={"rank_assignment": "drawn"}).lora.rank == tuple(rank)
+    by_column = {"scheme": "column", "column": "site"}  # the clients are counted when the data are read
+    assert with_rank([4, 8, 2], partition=by_column).lora.rank == (4, 8, 2)
+
+
+def test_a_draw_needs_ranks_to_draw_from() -> None:
+    with pytest.raises(ConfigError, match=r"lora\.rank_assignment: drawn needs a list in lora\.rank .*, got 8"):
+        with_rank(8, lora={"rank_assignment": "drawn"})
+    with pytest.raises(ConfigError, match=r"lora\.rank_assignment: .*'listed' or 'drawn'"):
+        with_rank([8, 4, 4, 4], lora={"rank_assignment": "random"})
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        (0, r"lora\.rank: input should be greater than 0, got 0"),
+        (-3, r"lora\.rank: input should be greater than 0, got -3"),
+        (2_000_000, r"lora\.rank: input should be less than or equal to 1000000"),
+        (4.5, r"lora\.rank: input should be a valid integer, got 4\.5"),
+        (True, r"lora\.rank: input should be a valid integer, got True"),
+        ("8", r"lora\.rank: input should be a valid integer, got '8'"),
+        (None, r"lora\.rank: input should be a valid integer, got None"),
+        ({"a": 1}, r"lora\.rank: input should be a valid integer, got \{'a': 1\}"),
+        ([], r"lora\.rank: tuple should have at least 1 item after validation, not 0, got \(\)"),
+        ([4, 0, 4, 4], r"lora\.rank: input should be greater than 0, got 0"),
+        ([4, "8", 4, 4], r"lora\.rank: input should be a valid integer, got '8'"),
+        ([4, [8], 4, 4], r"lora\.rank: input should be a valid integer, got \[8\]"),
+        ([4, 2.0, 4, 4], r"lora\.rank: input should be a valid integer, got 2\.0"),
+    ],
+    ids=str,
+)
+def test_ranks_that_are_none_are_refused(rank: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        with_rank(rank)
