@@ -346,12 +346,13 @@ def _require_same_config(directory: RunDirectory, config: RunConfig) -> None:
 
 @contextmanager
 def _threads_restored() -> Iterator[None]:
-    """Leave the process with the thread count it had: a run sets its own."""
-    before = torch.get_num_threads()
+    """Leave the process with the thread count and the precision of products it had: a run sets its own."""
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _require_same(directory: RunDirectory, prepared: Prepared) -> None:

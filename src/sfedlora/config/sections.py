@@ -86,6 +86,12 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights. auto: the checkpoint's own where the device computes it natively, else
     float32. Adapters are always float32."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Storage of the frozen linear weights through bitsandbytes, where it runs: 8bit, or 4bit (NF4). Adapters load on
+    the unquantised base too, with slightly other logits."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 matrix products (`torch.set_float32_matmul_precision`). high: TF32 on NVIDIA GPUs. medium: bfloat16
+    products, also on CPUs that have them. Anything but highest changes results in the third digit or so."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

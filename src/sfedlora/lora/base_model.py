@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,9 +29,10 @@ from sfedlora.errors import ConfigError, ModelError
 from sfedlora.lora.checkpoint import find_checkpoint, quiet_transformers, stored_dtype
 from sfedlora.lora.new_weights import classification_head, draw_new_weights, name_new_modules, refuse_unusable
 
-__all__ = ["BaseModel", "Task", "load_base_model", "resolve_dtype"]
+__all__ = ["BaseModel", "Quantization", "Task", "load_base_model", "resolve_dtype"]
 
 Task = Literal["causal-lm", "sequence-classification"]
+Quantization = Literal["none", "8bit", "4bit"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,6 +63,7 @@ def load_base_model(
     *,
     task: Task,
     dtype: str = "auto",
+    quantization: Quantization = "none",
     device: str = "cpu",
     num_labels: int | None = None,
     label_names: Sequence[str] | None = None,
@@ -71,6 +75,8 @@ def load_base_model(
         source: hub id, directory, `.gguf` file or `package:NAME/path`.
         task: "causal-lm" or "sequence-classification".
         dtype: "auto" (see `resolve_dtype`), "float32", "bfloat16" or "float16".
+        quantization: "8bit" or "4bit" (NF4) stores the linear weights so, through bitsandbytes; embeddings, norms,
+            output layer and new modules stay in `dtype`, in which products are computed too.
         device: a torch device.
         num_labels: classes of a classification; None takes the number of `label_names`, else the checkpoint's.
         label_names: their names, in the order of their ids.
@@ -92,13 +98,18 @@ def load_base_model(
     if task == "causal-lm" and _is_encoder(config):
         raise ModelError(f"{source}: architecture {config.model_type!r} reads in both directions; it has no {task!r}")
     tokenizer = _load_tokenizer(checkpoint.directory, source)
-    model, missing, mismatched = _load_model(checkpoint.directory, config, task, resolved, source)
+    quantized = _quantization_settings(quantization, resolved)
+    model, missing, mismatched = _load_model(
+        checkpoint.directory, config, task, resolved, source, quantized=quantized, device=device
+    )
     head = classification_head(model) if task == "sequence-classification" else None
     refuse_unusable(model, missing, mismatched, head=head, source=source)
     draw_new_weights(model, missing | mismatched, seed)
     new_modules = name_new_modules(model, missing | mismatched, always=() if head is None else (head,))
     _set_padding(model, tokenizer, source)
-    model = model.to(device).eval()
+    if quantization == "4bit":
+        _keep_differentiable(model)
+    model = (model if quantized else model.to(device)).eval()
     return BaseModel(model, tokenizer, checkpoint.name_or_path, checkpoint.sha256, new_modules, resolved)
 
 
@@ -186,11 +197,46 @@ def _load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerBase:
         raise ModelError(f"{source}: no usable tokenizer in {directory}: {_one_line(error)}") from error
 
 
+def _quantization_settings(quantization: Quantization, dtype: str) -> BitsAndBytesConfig | None:
+    if quantization == "none":
+        return None
+    try:
+        metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"model.quantization: {quantization} needs bitsandbytes, which is not installed; "
+            "pip install 'sfedlora[quantization]'"
+        ) from None
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_DTYPES[dtype])
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first forward without gradient on a CPU.
+
+    The packed form has no backward: gradients would silently end at the module.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _load_model(
-    directory: Path, config: Any, task: Task, dtype: str, source: str
+    directory: Path,
+    config: Any,
+    task: Task,
+    dtype: str,
+    source: str,
+    *,
+    quantized: BitsAndBytesConfig | None,
+    device: str,
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
     """The model, the parameters that the checkpoint lacks, and those of another shape."""
     auto_class = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    placement = {} if quantized is None else {"quantization_config": quantized, "device_map": {"": device}}
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             model, info = auto_class.from_pretrained(
@@ -202,6 +248,7 @@ def _load_model(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **placement,
             )
     except Exception as error:  # transformers raises errors of many kinds for files that do not fit
         if "Unrecognized configuration class" in str(error):

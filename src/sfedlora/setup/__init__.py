@@ -78,6 +78,7 @@ def prepare(config: RunConfig) -> Prepared:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision(config.model.matmul_precision)
     method = make_method(config.method.name, config.method.head)
     examples = load_source(config, config.data.source)
     label_names = find_label_names(config, examples)
@@ -86,6 +87,7 @@ def prepare(config: RunConfig) -> Prepared:
         config.model.source,
         task=config.model.task,
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
         device=str(device),
         num_labels=len(label_names) or None,
         label_names=label_names or None,
