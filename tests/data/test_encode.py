@@ -225,6 +225,21 @@ def test_classification_of_single_texts() -> None:
     assert WITH_BOS.decode(short.example_tokens(0).tolist()) == "<bos>abc"
 
 
+def test_rows_beyond_the_first_blocks_are_encoded_and_named_as_any_other() -> None:
+    prompts, responses = ([f"{word} {i}" for i in range(2001)] for word in ("what", "that"))
+    data = encode(prompts, responses, WITH_BOS)
+    assert [parts(data, WITH_BOS, i) for i in (0, 999, 1000, 2000)] == [
+        (f"<bos>what {i}\n", f"that {i}<eos>") for i in (0, 999, 1000, 2000)
+    ]
+    assert (len(data), data.tokens.dtype, data.offsets.dtype) == (2001, np.int32, np.int64)
+    with pytest.raises(DataError, match="row 1000 has no token to predict"):
+        encode(None, [*responses[:1000], "b"], tiny_tokenizer(eos=None))
+    classified, _ = classify(responses, [i % 2 for i in range(2001)], PLAIN)
+    assert [PLAIN.decode(classified.example_tokens(i).tolist()) for i in (1000, 2000)] == ["that 1000", "that 2000"]
+    with pytest.raises(DataError, match="row 1000 has no tokens"):
+        classify([*responses[:1000], ""], [0, 1] * 500 + [0], PLAIN)
+
+
 def test_class_names_of_the_source() -> None:
     source = Examples({"t": ["a", "b"], "l": [0, 1]}, "set", "", {"l": ("negative", "neutral", "positive")})
     data, names = encode_classification(source, PLAIN, text="t", text_pair=None, label="l", labels=None, max_length=9)

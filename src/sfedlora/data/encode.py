@@ -7,7 +7,7 @@ Batches of encoded examples are made by `collate` (module `encoded`), templates 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Literal
 
@@ -23,6 +23,8 @@ from sfedlora.data.templates import Template, bos_ids, render_prompt, render_pro
 from sfedlora.errors import DataError
 
 __all__ = ["Batch", "EncodedData", "collate", "encode_causal", "encode_classification", "render_prompt"]
+
+BLOCK_ROWS = 1000
 
 
 def encode_causal(
@@ -62,18 +64,19 @@ def encode_causal(
     settings = {"task": "causal", "template": template, "loss_on": loss_on, "max_length": max_length}
     key = encoding_key([responses] if prompts is None else [prompts, responses], tokenizer, settings)
 
-    def encode() -> EncodedData:
-        heads, bodies = _heads_and_bodies(prompts, responses, template, tokenizer)
+    def encode_block(block: slice) -> EncodedData:
+        block_prompts = None if prompts is None else prompts[block]
+        heads, bodies = _heads_and_bodies(block_prompts, responses[block], template, tokenizer)
         bos = tokenizer.bos_token_id
         pairs = [_fitted(head, body, bos, max_length) for head, body in zip(heads, bodies, strict=True)]
         starts = [1 if loss_on == "all" else max(1, len(head)) for head, _ in pairs]
         rows = [head + body for head, body in pairs]
-        for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
+        for row, (ids, start) in enumerate(zip(rows, starts, strict=True), start=block.start):
             if len(ids) <= start:
                 raise DataError(f"{_where(examples, response)}: row {row} has no token to predict: {responses[row]!r}")
         return _packed(rows, label_starts=np.array(starts, dtype=np.int32))
 
-    return cached_encoding(key, encode)
+    return cached_encoding(key, lambda: _in_blocks(len(responses), encode_block))
 
 
 def encode_classification(
@@ -115,14 +118,14 @@ def encode_classification(
         raise DataError(f"max_length is {max_length}; this tokenizer needs at least {needed}")
     key = encoding_key(columns, tokenizer, {"task": "classification", "max_length": max_length})
 
-    def encode() -> EncodedData:
-        rows, second_starts = _tokenize_classification(columns, tokenizer, max_length)
-        for row, tokens in enumerate(rows):
+    def encode_block(block: slice) -> EncodedData:
+        rows, second_starts = _tokenize_classification([column[block] for column in columns], tokenizer, max_length)
+        for row, tokens in enumerate(rows, start=block.start):
             if not tokens:
                 raise DataError(f"{_where(examples, text)}: row {row} has no tokens: {columns[0][row]!r}")
         return _packed(rows, second_starts=second_starts)
 
-    encoded = cached_encoding(key, encode)
+    encoded = cached_encoding(key, lambda: _in_blocks(len(columns[0]), encode_block))
     return (
         EncodedData(encoded.tokens, encoded.offsets, None, ids, encoded.second_starts),
         label_names,
@@ -185,6 +188,23 @@ def _tokenize_classification(
         rows = encoding["input_ids"]
         starts = [types.index(1) if 1 in types else len(types) for types in encoding["token_type_ids"]] if typed else []
     return rows, np.array(starts, dtype=np.int32) if typed else None
+
+
+def _in_blocks(num_rows: int, encode_block: Callable[[slice], EncodedData]) -> EncodedData:
+    """Encode rows block by block: token ids as Python objects take some ten times the memory of the arrays."""
+    blocks = [encode_block(slice(start, start + BLOCK_ROWS)) for start in range(0, max(num_rows, 1), BLOCK_ROWS)]
+    return EncodedData(
+        np.concatenate([block.tokens for block in blocks]),
+        np.concatenate([[0], np.cumsum(np.concatenate([block.lengths for block in blocks]))]),
+        _concatenated([block.label_starts for block in blocks]),
+        None,
+        _concatenated([block.second_starts for block in blocks]),
+    )
+
+
+def _concatenated(arrays: Sequence[NDArray[np.int32] | None]) -> NDArray[np.int32] | None:
+    present = [array for array in arrays if array is not None]
+    return np.concatenate(present) if present else None
 
 
 def _packed(
