@@ -7,7 +7,8 @@ after the other; sums inside a forward pass are taken in another order, so resul
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from sfedlora.federation.runners.serial import outcome_or_error
 __all__ = ["BatchedRunner"]
 
 Result = ClientOutcome | ClientError
+Client = TypeVar("Client")
 
 
 class BatchedRunner:
@@ -46,19 +48,24 @@ class BatchedRunner:
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[Result]:
         """Train the clients of a cohort; one that fails gives its error instead of an outcome."""
-        together: list[ClientWork] = []
-        for work in cohort:
-            if together and not self._fit_together(together, work):
-                yield from self._run(together)
-                together = []
-            together.append(work)
-        if together:
+        for together in self.stacks(cohort, lambda work: work.size.rank):
             yield from self._run(together)
 
-    def _fit_together(self, together: Sequence[ClientWork], work: ClientWork) -> bool:
-        """Kept moments are laid out by rank, so clients that have any are stacked with their like only."""
-        same_layout = not self.setup.training.keep_optimizer_state or together[0].size.rank == work.size.rank
-        return len(together) < self.clients_per_batch and same_layout
+    def stacks(self, clients: Iterable[Client], rank_of: Callable[[Client], int]) -> Iterator[list[Client]]:
+        """Cut clients into stacks of neighbours, each made when it is asked for.
+
+        Kept moments are laid out by rank, so clients that have any are stacked with their like only.
+        """
+        keeps = self.setup.training.keep_optimizer_state
+        together: list[Client] = []
+        for client in clients:
+            same_layout = not together or not keeps or rank_of(together[0]) == rank_of(client)
+            if together and not (same_layout and len(together) < self.clients_per_batch):
+                yield together
+                together = []
+            together.append(client)
+        if together:
+            yield together
 
     def _run(self, works: Sequence[ClientWork]) -> list[Result]:
         if len(works) == 1:
