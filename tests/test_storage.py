@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,19 +21,7 @@ from sfedlora.storage import (
     write_json,
     write_tensors,
 )
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """As a full disk: the kernel refuses to write a file beyond this size (EFBIG)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+from support.full_disk import largest_file
 
 
 def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sfedlora import RunConfig, RunResult, run
 from support.command_line import sfedlora, write_config
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond a size, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+from support.full_disk import largest_file
 
 
 @pytest.mark.parametrize("limit", [1500, 6000, 15_000])
