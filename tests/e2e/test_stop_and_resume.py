@@ -191,6 +191,47 @@ def test_what_a_stopped_client_did_is_used_not_done_again(tmp_path: Path) -> Non
     assert not (run_dir / "checkpoints" / "partial").exists()
 
 
+VARIANTS = {
+    "flora": ["preset=flora"],
+    "fedex": ["preset=fedex-lora"],
+    "flora with ranks of their own": ["preset=flora", "lora.rank=[2,5,3]"],
+    "fedsa with ranks of their own": ["lora.rank=[2,5,3]"],
+    "hetlora with drawn ranks": ["preset=hetlora", "lora.rank=[2,5,3,4]", "lora.rank_assignment=drawn"],
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], RunResult]:
+    """Settings with base deltas or ranks of their own, and their run without interruption."""
+    overrides = VARIANTS[request.param]
+    return overrides, run(RunConfig.load(_config(tmp_path_factory.mktemp("variant")), overrides))
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_base_deltas_and_ranks_survive_a_stop(
+    number: int, variant: tuple[list[str], RunResult], tmp_path: Path, capsys: Capsys
+) -> None:
+    overrides, uninterrupted = variant
+    _stop_after(run_events(RunConfig.load(_config(tmp_path), overrides)), number)
+    outcome = sfedlora(capsys, "resume", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_base_deltas_and_ranks_survive_a_kill(
+    variant: tuple[list[str], RunResult], server: ForkServer, tmp_path: Path, capsys: Capsys
+) -> None:
+    overrides, uninterrupted = variant
+    run_dir = tmp_path / "run"
+    child = server.start(tmp_path, "run", _config(tmp_path), *overrides)
+    wait_until((run_dir / "checkpoints" / "round-000001").exists)
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    outcome = sfedlora(capsys, "resume", run_dir)
+    assert outcome.code == 0, outcome.err
+    assert_same_run(run_dir, uninterrupted)
+
+
 def test_a_second_stop_in_the_same_round_loses_no_client(whole: RunResult, tmp_path: Path) -> None:
     config = _config(tmp_path, partition={"num_clients": 4})
     run_dir = tmp_path / "run"
