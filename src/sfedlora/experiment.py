@@ -42,6 +42,7 @@ from sfedlora.federation.round import (
     evaluate_external,
     run_round,
 )
+from sfedlora.federation.runners.workers import running
 from sfedlora.federation.sampling import sample_cohort
 from sfedlora.federation.state import Federation, FederationState, initial_state, serving_adapter, with_clients
 from sfedlora.lora.base_delta import adapter_with_deltas, total_deltas
@@ -126,12 +127,13 @@ def run_events(config: RunConfig) -> Iterator[RunEvent]:
     RunDirectory.check_free(output)
     with _threads_restored():
         prepared = prepare(config)
-        environment = {**prepared.environment, "config_sha256": _config_digest(prepared.config)}
-        directory = RunDirectory.create(output, prepared.config, environment, prepared.partition)
-        yield RunPrepared(prepared, output, 1)
-        writer = CheckpointWriter(directory.checkpoints)
-        checkpoint = yield from _begin(prepared, writer)
-        yield from _drive(directory, prepared, writer, checkpoint, {})
+        with running(prepared.federation.runner):
+            environment = {**prepared.environment, "config_sha256": _config_digest(prepared.config)}
+            directory = RunDirectory.create(output, prepared.config, environment, prepared.partition)
+            yield RunPrepared(prepared, output, 1)
+            writer = CheckpointWriter(directory.checkpoints)
+            checkpoint = yield from _begin(prepared, writer)
+            yield from _drive(directory, prepared, writer, checkpoint, {})
 
 
 def resume_events(run_dir: Path) -> Iterator[RunEvent]:
@@ -145,15 +147,16 @@ def resume_events(run_dir: Path) -> Iterator[RunEvent]:
     with _threads_restored():
         prepared = prepare(_with_output(config, run_dir))
         _require_same(directory, prepared)
-        directory.remove_leftovers()
-        checkpoints = directory.checkpoints
-        rounds = checkpoints.rounds()
-        yield RunPrepared(prepared, run_dir, rounds[-1] + 1 if rounds else 1)
-        writer = CheckpointWriter(checkpoints)
-        checkpoint = checkpoints.load(rounds[-1]) if rounds else (yield from _begin(prepared, writer))
-        round_num = checkpoint.state.server.round_num
-        directory.drop_metrics_after(round_num)
-        yield from _drive(directory, prepared, writer, checkpoint, load_partial(checkpoints.path, round_num + 1))
+        with running(prepared.federation.runner):
+            directory.remove_leftovers()
+            checkpoints = directory.checkpoints
+            rounds = checkpoints.rounds()
+            yield RunPrepared(prepared, run_dir, rounds[-1] + 1 if rounds else 1)
+            writer = CheckpointWriter(checkpoints)
+            checkpoint = checkpoints.load(rounds[-1]) if rounds else (yield from _begin(prepared, writer))
+            round_num = checkpoint.state.server.round_num
+            directory.drop_metrics_after(round_num)
+            yield from _drive(directory, prepared, writer, checkpoint, load_partial(checkpoints.path, round_num + 1))
 
 
 def load_state(run_dir: Path, round_num: int | None = None) -> tuple[Prepared, FederationState]:
@@ -330,8 +333,8 @@ def _evaluate_split(
 
 
 def _config_digest(config: RunConfig) -> str:
-    """Digest of every setting but the run directory, which may be moved."""
-    settings = config.model_dump(mode="json", exclude={"output"})
+    """Digest of every setting but the run directory, which may be moved, and workers, which change no result."""
+    settings = config.model_dump(mode="json", exclude={"output", "workers"})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

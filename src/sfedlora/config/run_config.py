@@ -42,6 +42,7 @@ LONGEST_VALUE = 120
 """Characters of a wrong value that a message repeats."""
 HETEROGENEOUS_METHODS = tuple(name for name in METHODS if make_method(name).traits.heterogeneous_ranks)
 LARGEST_STACK = 1024
+MOST_WORKERS = 1024
 LARGEST_THREADS = 1024
 """More cannot be started on most systems, which ends the process."""
 
@@ -74,10 +75,14 @@ class RunConfig(Section):
     clients_per_batch: Literal["auto"] | Annotated[int, Field(ge=1, le=LARGEST_STACK)] = "auto"
     """Clients in one forward pass of the batched runner. auto: as many as keep a forward pass under a token cap of the
     device, by batch size and median length; 1 where stacking does not pay."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_WORKERS)] = "auto"
+    """Processes that train clients at the same time, each with a base model of its own and, on GPUs, a GPU of its own;
+    more than one need Ray. auto: one for each visible CUDA device. Not more than a cohort has clients."""
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, mps, cuda or cuda:N."""
     threads: Annotated[Count, Field(le=LARGEST_THREADS)] | None = None
-    """CPU threads. null: torch's own choice, then recorded. Equal bits need equal threads."""
+    """CPU threads of each process. null: torch's own choice, divided by `workers` and then recorded. Equal bits need
+    equal threads."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Root of every random draw."""
     output: Text = Field(default="runs/run", min_length=1)

@@ -27,7 +27,7 @@ __all__ = [
 
 RANK, CLIENTS, SEED, PRESET = "lora.rank", "partition.num_clients", "seed", "preset"
 # Follow from other settings, or do not change what is computed: never part of a label.
-_DERIVED = frozenset({"gamma", "output", "lora.num_clients", "threads", "device", "runner"})
+_DERIVED = frozenset({"gamma", "output", "lora.num_clients", "threads", "device", "runner", "workers"})
 _RULE = ("method.name", "lora.scaling", "lora.init")
 """What a preset sets."""
 _LONGEST_LIST, _MOST_RANKS = 6, 4

@@ -42,6 +42,7 @@ from sfedlora.setup.dataset import encode_examples as encode_examples
 from sfedlora.setup.dataset import load_source as load_source
 from sfedlora.setup.environment import environment_record
 from sfedlora.setup.resolve import resolve, resolve_device
+from sfedlora.setup.workers import Fingerprint, fingerprint, with_workers
 from sfedlora.types import LoraSizes
 
 __all__ = ["Prepared", "encode_examples", "load_source", "prepare"]
@@ -76,8 +77,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         InputError: data, model and configuration do not fit together; the message says where.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(_threads(config))
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     method = make_method(config.method.name, config.method.head)
     examples = load_source(config, config.data.source)
@@ -123,16 +123,26 @@ def prepare(config: RunConfig) -> Prepared:
     external = load_external(resolved)
     encoded = {split: encode_examples(resolved, rows, base, label_names) for split, rows in external.items()}
     federation = _federation(resolved, method, data, splits, resident, base, initial, sizes, encoded)
-    return Prepared(
-        resolved,
-        federation,
-        base,
-        label_names,
-        num_scaling_clients,
-        partition_record(examples, splits),
-        environment_record(resolved, base, initial, num_scaling_clients, sizes)
-        | {"external_sha256": {split: rows.sha256 for split, rows in external.items()}},
-    )
+    partition = partition_record(examples, splits)
+    environment = environment_record(resolved, base, initial, num_scaling_clients, sizes)
+    if resolved.workers != 1:
+        expected = fingerprint(resolved, partition, environment)
+        federation = with_workers(federation, resolved, expected, _prepare_worker)
+    environment |= {"external_sha256": {split: rows.sha256 for split, rows in external.items()}}
+    return Prepared(resolved, federation, base, label_names, num_scaling_clients, partition, environment)
+
+
+def _prepare_worker(config: RunConfig) -> tuple[Federation, Fingerprint]:
+    """What a worker prepares in its own process."""
+    prepared = prepare(config)
+    return prepared.federation, fingerprint(prepared.config, prepared.partition, prepared.environment)
+
+
+def _threads(config: RunConfig) -> int:
+    """CPU threads of each process: those asked for, or the workers' share of torch's own choice."""
+    if config.threads is not None:
+        return config.threads
+    return max(1, torch.get_num_threads() // (1 if config.workers == "auto" else config.workers))
 
 
 def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a function above

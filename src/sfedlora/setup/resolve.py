@@ -9,6 +9,7 @@ import torch
 
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError
+from sfedlora.federation.runners.ray_cluster import ray_is_installed
 from sfedlora.lora.base_model import BaseModel
 from sfedlora.methods import Method
 from sfedlora.types import Part
@@ -86,6 +87,7 @@ def resolve(
             "rounds.server_learning_rate": server_learning_rate,
             "runner": "serial" if clients_per_batch == 1 else "batched",
             "clients_per_batch": clients_per_batch,
+            "workers": _workers(config, method, device, num_clients),
             "device": str(device),
             "threads": torch.get_num_threads(),
         }
@@ -102,7 +104,7 @@ def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
     targets: Sequence[str],
 ) -> int:
     """Clients in one forward pass: asked for, or as many as stay under the device's token cap."""
-    cohort_size = 1 if method.traits.pools_data else min(config.rounds.cohort_size or num_clients, num_clients)
+    cohort_size = _largest_cohort(config, method, num_clients)
     if config.runner == "serial" or cohort_size == 1:
         return 1
     output = base.model.get_output_embeddings()
@@ -121,6 +123,30 @@ def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
     if config.runner == "batched":
         return max(2, fitting)
     return fitting if fitting >= MIN_STACK else 1
+
+
+def _largest_cohort(config: RunConfig, method: Method, num_clients: int) -> int:
+    return 1 if method.traits.pools_data else min(config.rounds.cohort_size or num_clients, num_clients)
+
+
+def _workers(config: RunConfig, method: Method, device: torch.device, num_clients: int) -> int:
+    """Worker processes: as many as asked for, or one for each of several GPUs; no more than a cohort has clients."""
+    workers, cohort_size = config.workers, _largest_cohort(config, method, num_clients)
+    one_device = device.type == "mps" or device.index is not None
+    if workers == "auto":
+        workers = torch.cuda.device_count() if device.type == "cuda" and not one_device else 1
+        if workers > 1 and not ray_is_installed():
+            warnings.warn(
+                f"workers: auto would use {workers} GPUs with Ray, which is not installed, and uses one; "
+                "pip install 'sfedlora[ray]', or set workers: 1",
+                stacklevel=2,
+            )
+            workers = 1
+    if workers > 1 and one_device:
+        raise ConfigError(
+            f"workers: {workers} workers need a GPU each, but device: {config.device} is one; use device: cuda, or cpu"
+        )
+    return min(workers, cohort_size)
 
 
 def _resolve_init(config: RunConfig, method: Method) -> str:

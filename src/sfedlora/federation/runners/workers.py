@@ -1,0 +1,184 @@
+"""Clients dealt over several worker processes, each with its own base model: GPUs of one machine, or of a cluster.
+
+This process makes the work, aggregates and evaluates; workers train. Stacks of clients are formed here, as one worker
+would form them, and dealt whole, so for float32 on one type of device the results have the bits of one worker,
+whichever worker trains whom. The next stack goes to the next idle worker, expensive ones first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sfedlora.errors import ClientError
+from sfedlora.federation.client import ClientOutcome, ClientWork
+from sfedlora.federation.runners import Runner
+from sfedlora.federation.runners.batched import BatchedRunner
+from sfedlora.federation.runners.packing import pack
+from sfedlora.federation.runners.ray_cluster import WorkerResources
+from sfedlora.federation.runners.ray_pool import MAX_DEATHS, Job, RayPool
+from sfedlora.federation.runners.serial import SerialRunner
+from sfedlora.federation.runners.worker import Reply, receive, send
+from sfedlora.federation.state import Federation
+
+__all__ = ["WorkersRunner", "running"]
+
+Stack = Sequence[ClientWork]
+Client = TypeVar("Client")
+
+
+class WorkersRunner:
+    """Runs a cohort on several workers; owner of the workers between `start` and `close`.
+
+    Attributes:
+        inner: the runner that each worker has, here for its order and its stacks.
+    """
+
+    def __init__(
+        self,
+        inner: SerialRunner | BatchedRunner,
+        resources: WorkerResources,
+        make_federation: Callable[[], Federation],
+    ) -> None:
+        """Take what workers need; none is started.
+
+        Args:
+            inner: as above.
+            resources: how many workers, and what each may use.
+            make_federation: called in each worker's process.
+        """
+        self.inner = inner
+        self._resources, self._make_federation = resources, make_federation
+        self._pool: RayPool | None = None
+        self._costs = _Costs(inner)
+
+    def start(self) -> RayPool:
+        """Start the workers unless they run; they load model and data while this process goes on."""
+        if self._pool is None:
+            self._pool = RayPool(self._resources, self._make_federation)
+        return self._pool
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
+
+    @property
+    def clients_per_batch(self) -> int:
+        """Clients in a stack at present, on every worker."""
+        return self.inner.clients_per_batch
+
+    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
+        """The stacks of the inner runner, the most expensive first; one that is not full stays last."""
+        costs = self._costs.of(cohort)
+
+        def key(stack: Sequence[str]) -> tuple[bool, float]:
+            return len(stack) < self.clients_per_batch, -sum(costs[client_id] for client_id in stack)
+
+        stacks = self._stacks(self.inner.order(cohort, done))
+        return [client_id for stack in sorted(stacks, key=key) for client_id in stack]
+
+    def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
+        """Train the clients of a cohort.
+
+        A client whose worker dies runs again on another. One that costs two workers gives an error; a stack that costs
+        two is halved, to find out who it was.
+        """
+        pool = self.start()
+        jobs = _Jobs(pool)
+        stacks: Iterable[Stack] = self._stacks(cohort)
+        while True:
+            lost: list[Stack] = []
+            for job, reply in pool.deal(map(jobs.make, stacks)):
+                if reply is not None:
+                    self._learn(job.subject, reply)
+                    yield from map(receive, reply.results)
+                elif len(job.subject) == 1:
+                    yield _excluded(job.subject[0])
+                else:
+                    half = (len(job.subject) + 1) // 2
+                    lost += [job.subject[:half], job.subject[half:]]
+            if not lost:
+                return
+            stacks = lost
+
+    def _stacks(self, clients: Iterable[Client]) -> Iterator[list[Client]]:
+        """Cut clients as one worker would, each stack when it is asked for."""
+        if isinstance(self.inner, BatchedRunner):
+            return self.inner.stacks(clients)
+        return ([client] for client in clients)
+
+    def _learn(self, stack: Stack, reply: Reply) -> None:
+        """Take up what a worker measured, and how many clients its memory holds."""
+        self._costs.note({work.client_id: work.indices for work in stack}, reply.seconds)
+        if isinstance(self.inner, BatchedRunner) and reply.clients_per_batch is not None:
+            self.inner.clients_per_batch = min(self.inner.clients_per_batch, reply.clients_per_batch)
+        for text in reply.warnings:
+            warnings.warn(text, stacklevel=2)
+
+
+@contextmanager
+def running(runner: Runner) -> Iterator[None]:
+    """A runner's workers, where it has any, run from here to the end of the block."""
+    if not isinstance(runner, WorkersRunner):
+        yield
+        return
+    try:
+        runner.start()
+        yield
+    finally:
+        runner.close()
+
+
+class _Costs:
+    """What a client's training is expected to take: by its tokens, once measured by the seconds it took."""
+
+    def __init__(self, inner: SerialRunner | BatchedRunner) -> None:
+        self._lengths, self._training = inner.setup.data.lengths, inner.setup.training
+        self._seconds: dict[str, float] = {}
+        self._all_seconds, self._all_tokens = 0.0, 0.0
+
+    def of(self, clients: Mapping[str, Sequence[int]]) -> dict[str, float]:
+        """Expected cost of each client, in seconds or, before anything is measured, in tokens."""
+        rate = self._all_seconds / self._all_tokens if self._all_tokens else 1.0
+        return {
+            client_id: self._seconds.get(client_id, rate * self._tokens(rows)) for client_id, rows in clients.items()
+        }
+
+    def note(self, clients: Mapping[str, Sequence[int]], seconds: float) -> None:
+        """Take up the seconds of clients that were trained together, by their shares of the tokens."""
+        tokens = {client_id: self._tokens(rows) for client_id, rows in clients.items()}
+        total = sum(tokens.values())
+        self._all_seconds += seconds
+        self._all_tokens += total
+        self._seconds |= {client_id: seconds * own / total for client_id, own in tokens.items()}
+
+    def _tokens(self, rows: Sequence[int]) -> float:
+        """Tokens of a round's training, padding aside."""
+        lengths, training = self._lengths[np.asarray(rows, dtype=np.int64)], self._training
+        if training.local_epochs is not None:
+            return float(lengths.sum()) * training.local_epochs
+        return float(lengths.mean()) * training.batch_size * training.accumulation * (training.local_steps or 1)
+
+
+class _Jobs:
+    """Makes the jobs of one cohort, whose clients have the same base deltas: those are handed to Ray once."""
+
+    def __init__(self, pool: RayPool) -> None:
+        self._pool = pool
+        self._base_deltas: Any = None
+
+    def make(self, stack: Stack) -> Job[Stack]:
+        if self._base_deltas is None:
+            self._base_deltas = self._pool.share(pack(stack[0].base_deltas))
+        return Job(stack, tuple(send(work) for work in stack), self._base_deltas)
+
+
+def _excluded(work: ClientWork) -> ClientError:
+    reason = f"{MAX_DEATHS} workers died while they trained it (out of memory?)"
+    return ClientError(reason, client_id=work.client_id, round_num=work.round_num, stage="training")
