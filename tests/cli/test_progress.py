@@ -28,7 +28,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.C
     assert not ESCAPES.search(outcome.out + outcome.err)
     lines = outcome.err.splitlines()
     assert lines[0] == "package:sfedlora/assets/tiny_llama: float32, cpu, 1 threads"
-    assert "3 clients, method fedsa, rank 4, scaling sfed with gamma 6.928" in lines[1]
+    assert "3 clients, method fedsa, rank 4 with gamma 6.928, scaling sfed" in lines[1]
     assert [line.split(":")[0] for line in lines[2:]] == ["round 1/2", "round 2/2"]
     for word in ("initial", "last", "best", "validation", "test", "perplexity"):
         assert word in outcome.out

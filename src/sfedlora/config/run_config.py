@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
@@ -31,8 +31,9 @@ from sfedlora.config.sections import (
 )
 from sfedlora.config.yaml_file import Document, dump_yaml, parse_scalar, read_yaml
 from sfedlora.errors import ConfigError
-from sfedlora.methods import METHODS, Method, make_method
-from sfedlora.types import Part
+
+if TYPE_CHECKING:
+    from sfedlora.methods import Method
 
 __all__ = ["RunConfig", "apply_overrides", "with_overrides"]
 
@@ -40,7 +41,6 @@ OVERRIDE_LINE = 0
 """Stands for the command line among the lines of a file."""
 LONGEST_VALUE = 120
 """Characters of a wrong value that a message repeats."""
-HETEROGENEOUS_METHODS = tuple(name for name in METHODS if make_method(name).traits.heterogeneous_ranks)
 LARGEST_STACK = 1024
 MOST_WORKERS = 1024
 LARGEST_THREADS = 1024
@@ -128,6 +128,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"rounds.cohort_size is {cohort} but there are only {clients} clients (partition.num_clients)"
             )
+        from sfedlora.methods import make_method  # torch: only when a configuration is checked
+        from sfedlora.types import Part
+
         try:
             method = make_method(self.method.name, self.method.head)
         except ConfigError as error:
@@ -173,7 +176,7 @@ class RunConfig(Section):
         if len(set(rank)) > 1 and not method.traits.heterogeneous_ranks:
             raise ValueError(
                 f"lora.rank: method {self.method.name!r} needs one rank for all clients, got {_shown(list(rank))}; "
-                f"give one number, or use one of {', '.join(HETEROGENEOUS_METHODS)}"
+                f"give one number, or use one of {', '.join(_methods_with_own_ranks())}"
             )
         if assignment == "listed" and clients is not None and len(rank) != clients:
             raise ValueError(
@@ -189,6 +192,12 @@ class RunConfig(Section):
                 "'flexlora' gives A orthonormal rows in every round; use lora or rslora, or fix the number in "
                 "lora.num_clients"
             )
+
+
+def _methods_with_own_ranks() -> list[str]:
+    from sfedlora.methods import METHODS, make_method
+
+    return [name for name in METHODS if make_method(name).traits.heterogeneous_ranks]
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from sfedlora.errors import ConfigError
-from sfedlora.methods import find_method
 
 __all__ = [
     "Count",
@@ -28,6 +27,7 @@ __all__ = [
     "Text",
 ]
 
+DEFAULT_METHOD = "fedsa"
 LARGEST = 1e30
 """Numbers above it leave float32, in which adapters are computed, within a product or two."""
 LARGEST_COUNT = 1_000_000
@@ -42,6 +42,10 @@ def _storable(text: str) -> str:
 
 
 def _known_method(name: str) -> str:
+    if name == DEFAULT_METHOD:  # validated when this module is imported, which must not take seconds
+        return name
+    from sfedlora.methods import find_method  # torch: only when a configuration is checked
+
     try:
         find_method(name)
     except ConfigError as error:
@@ -194,7 +198,7 @@ class LoraSection(Section):
 class MethodSection(Section):
     """The federated method."""
 
-    name: Annotated[Text, AfterValidator(_known_method)] = "fedsa"
+    name: Annotated[Text, AfterValidator(_known_method)] = DEFAULT_METHOD
     """fedsa, fedit, ffa, rolora, flora, fedex, flexlora, hetlora, fair, local, centralized, or `module:Class` for a
     method of your own, imported from what is installed or on PYTHONPATH."""
     head: Literal["auto", "personal", "shared"] = "auto"
