@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sfedlora.errors import ClientError
@@ -23,8 +23,12 @@ class Capturing:
     work: list[ClientWork] = field(default_factory=list)
     outcomes: list[ClientOutcome] = field(default_factory=list)
 
-    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
-        return self.inner.order(cohort)
+    @property
+    def clients_per_batch(self) -> int:
+        return self.inner.clients_per_batch
+
+    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
+        return self.inner.order(cohort, done)
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         for work in cohort:

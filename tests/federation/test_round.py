@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -57,8 +57,12 @@ class ShuffledRunner:
     inner: Runner
     seed: int
 
-    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
-        return self.inner.order(cohort)
+    @property
+    def clients_per_batch(self) -> int:
+        return self.inner.clients_per_batch
+
+    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
+        return self.inner.order(cohort, done)
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         generator = random.Random(self.seed)  # noqa: S311 - an order, not a secret
@@ -77,8 +81,12 @@ class FailingRunner:
     fails: frozenset[tuple[str, int]] = frozenset()
     spoils: frozenset[tuple[str, int]] = frozenset()
 
-    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
-        return self.inner.order(cohort)
+    @property
+    def clients_per_batch(self) -> int:
+        return self.inner.clients_per_batch
+
+    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
+        return self.inner.order(cohort, done)
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         for work in cohort:
@@ -101,8 +109,12 @@ class CapturingRunner:
     work: list[ClientWork] = field(default_factory=list)
     outcomes: list[ClientOutcome] = field(default_factory=list)
 
-    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
-        return self.inner.order(cohort)
+    @property
+    def clients_per_batch(self) -> int:
+        return self.inner.clients_per_batch
+
+    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
+        return self.inner.order(cohort, done)
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         for work in cohort:

@@ -17,11 +17,13 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfedlora.data.batches import plan_local_batches
 from sfedlora.data.encoded import NO_EXAMPLES, EncodedData, collate_groups
-from sfedlora.errors import ClientError
+from sfedlora.errors import AdapterError, ClientError
+from sfedlora.federation.flat_optimizer import FlatOptimizer
+from sfedlora.federation.launches import LAUNCH_TOKENS, plan_launches
 from sfedlora.federation.objective import Task, batch_loss
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.seeds import derive_seed
@@ -152,11 +154,11 @@ def train_client(setup: TrainingSetup, work: ClientWork) -> ClientOutcome:
 
 
 def train_clients(setup: TrainingSetup, works: Sequence[ClientWork]) -> list[ClientOutcome | ClientError]:
-    """Train several clients of one round side by side, their batches stacked to one forward pass per step.
+    """Train several clients of one round side by side, neighbours with batches of like shapes in one forward pass.
 
     Every client computes what it computes alone, apart from the order of summation inside matrix products: its own
     batches, mean loss, gradient norms, clipping, optimizer with its own step count, dropout masks. Clients with fewer
-    steps drop out early; one whose numbers are no longer finite is no longer updated.
+    steps end earlier; one whose numbers are no longer finite ends where that shows.
 
     Args:
         setup: model, data and hyper-parameters.
@@ -166,26 +168,22 @@ def train_clients(setup: TrainingSetup, works: Sequence[ClientWork]) -> list[Cli
         An outcome or an error for each, in the order of `works`.
     """
     resident = setup.resident
-    steps = [_plan(setup, work) for work in works]
-    order = sorted(range(len(works)), key=lambda index: -len(steps[index]))  # those that end early come last
-    ordered = [works[index] for index in order]
     resident.serve_stack(
-        [work.start for work in ordered], sizes=[work.size for work in ordered], base_deltas=works[0].base_deltas
+        [work.start for work in works], sizes=[work.size for work in works], base_deltas=works[0].base_deltas
     )
     resident.set_trained(works[0].trained)
-    running = [_Running(setup, works[index], steps[index], slot) for slot, index in enumerate(order)]
+    stack = [_Running(setup, work, slot) for slot, work in enumerate(works)]
     try:
-        for step in range(len(running[0].steps)):
-            active = [client for client in running if step < len(client.steps)]
-            if len(active) < len(running):
-                resident.set_active(len(active))
-            _accumulate_gradients(setup, active, step)
+        for step in range(max(len(client.steps) for client in stack)):
+            active = [client for client in stack if client.begin_step(step)]
+            if active:
+                _accumulate_gradients(setup, stack, max(len(client.micro_batches) for client in active))
             for client in active:
                 client.take_step(step)
     finally:
-        resident.dropout.seeds = resident.dropout.own_shapes = None
-    finished = {running[slot].work.client_id: running[slot].finish() for slot in range(len(order))}
-    return [finished[work.client_id] for work in works]
+        resident.dropout.clear()
+        resident.set_active(0, len(works))
+    return [client.finish() for client in stack]
 
 
 def _plan(setup: TrainingSetup, work: ClientWork) -> list[list[NDArray[np.int64]]]:
@@ -202,27 +200,31 @@ def _plan(setup: TrainingSetup, work: ClientWork) -> list[list[NDArray[np.int64]
     )
 
 
-def _accumulate_gradients(setup: TrainingSetup, active: Sequence[_Running], step: int) -> None:
-    """The gradient of each client's mean loss over all micro-batches of one step."""
+def _accumulate_gradients(setup: TrainingSetup, stack: Sequence[_Running], num_micro_batches: int) -> None:
+    """The gradient of each client's mean loss over all micro-batches of the step that it has begun."""
+    setup.resident.zero_grad()
+    lengths, launch_tokens = setup.data.lengths, LAUNCH_TOKENS[setup.resident.device.type]
+    for micro in range(num_micro_batches):
+        groups = [client.micro_batch(micro) for client in stack]
+        shapes = [(len(rows), int(lengths[rows].max(initial=0))) for rows in groups]
+        for start, stop in plan_launches(shapes, launch_tokens):
+            setup.resident.set_active(start, stop)
+            _launch(setup, stack[start:stop], groups[start:stop], micro)
+
+
+def _launch(setup: TrainingSetup, clients: Sequence[_Running], groups: Sequence[NDArray[np.int64]], micro: int) -> None:
+    """One forward and backward pass over a batch of each client; some of them may be empty."""
     resident = setup.resident
-    resident.zero_grad()
-    for client in active:
-        client.begin_step(step)
-    for micro in range(max(len(client.steps[step]) for client in active)):
-        groups = [client.steps[step][micro] if micro < len(client.steps[step]) else NO_EXAMPLES for client in active]
-        batch = collate_groups(setup.data, groups, pad_token_id=setup.pad_token_id)
-        resident.dropout.seeds = tuple(
-            derive_seed(setup.seed, "dropout", client.work.client_id, client.work.round_num, step, micro)
-            for client in active
-        )
-        resident.dropout.own_shapes = batch.own_shapes if len(active) > 1 else None
-        resident.dropout.padded_shape = batch.padded_shape
-        loss = batch_loss(resident.model, batch.joined, setup.task, resident.device)
-        sums = loss.per_example.view(len(active), -1).sum(dim=1)
-        counts = torch.tensor([client.step_labels for client in active], dtype=sums.dtype, device=sums.device)
-        _backward((sums / counts).sum())
-        for client, group, value in zip(active, groups, sums.tolist(), strict=True):
-            client.note_batch(group, value, num_computed=math.prod(batch.padded_shape))
+    batch = collate_groups(setup.data, groups, pad_token_id=setup.pad_token_id)
+    resident.dropout.seeds = tuple(client.dropout_seed(micro) for client in clients)
+    resident.dropout.own_shapes = batch.own_shapes if len(clients) > 1 else None
+    resident.dropout.padded_shape = batch.padded_shape
+    loss = batch_loss(resident.model, batch.joined, setup.task, resident.device)
+    sums = loss.per_example.view(len(clients), -1).sum(dim=1)
+    counts = torch.tensor([client.num_labels for client in clients], dtype=sums.dtype, device=sums.device)
+    _backward((sums / counts).sum())
+    for client, rows, value in zip(clients, groups, sums.tolist(), strict=True):
+        client.note_batch(rows, value, num_computed=math.prod(batch.padded_shape))
 
 
 def _backward(loss: Tensor) -> None:
@@ -233,24 +235,49 @@ def _backward(loss: Tensor) -> None:
 
 
 class _Running:
-    """One client while it trains: its slot of the resident model, its optimizer, and what was measured so far."""
+    """One client while it trains: its slot of the resident model, its optimizer, and what was measured so far.
 
-    def __init__(self, setup: TrainingSetup, work: ClientWork, steps: list[list[NDArray[np.int64]]], slot: int) -> None:
-        self.work, self.steps, self.slot = work, steps, slot
-        self.step_labels = 0
-        self._setup, self._resident = setup, setup.resident
+    Attributes:
+        work: what it was given.
+        steps: its micro-batches, step by step.
+        micro_batches: those of the step that it has begun; none where it has finished or failed.
+        num_labels: labels of these, over which the mean loss is taken; 1 without any.
+    """
+
+    def __init__(self, setup: TrainingSetup, work: ClientWork, slot: int) -> None:
+        self.work, self.steps = work, _plan(setup, work)
+        self.micro_batches: list[NDArray[np.int64]] = []
+        self.num_labels = 1
+        self._setup, self._resident, self._slot = setup, setup.resident, slot
         self._parts = sorted(work.trained)
         mu = setup.training.proximal_mu
         self._anchors = {part: self._flat(part).clone() for part in work.anchored & work.trained if mu > 0}
-        self._optimizer = _FlatOptimizer(self._resident, work, setup.training, slot)
+        self._optimizer = _optimizer_of(setup, work, slot)
+        self._step = 0
         self._norms: dict[Part, float] = {}
         self._loss_sum, self._label_count, self._tokens, self._padded = 0.0, 0, 0, 0
         self._error: ClientError | None = None
+        try:
+            self._optimizer.restore(work.optimizer_state)
+        except AdapterError as error:
+            self._error = _training_error(str(error), work)
 
-    def begin_step(self, step: int) -> None:
-        """Count the labels that the mean loss of a step is taken over."""
+    def begin_step(self, step: int) -> bool:
+        """Take up the micro-batches of a step; False for a client that has finished or failed."""
+        self._step = step
+        self.micro_batches = self.steps[step] if self._error is None and step < len(self.steps) else []
         labels = self._setup.data.num_label_tokens
-        self.step_labels = sum(int(labels[indices].sum()) for indices in self.steps[step])
+        self.num_labels = sum(int(labels[rows].sum()) for rows in self.micro_batches) if self.micro_batches else 1
+        return bool(self.micro_batches)
+
+    def micro_batch(self, micro: int) -> NDArray[np.int64]:
+        """The examples of a micro-batch of this step; none where there are fewer."""
+        return self.micro_batches[micro] if micro < len(self.micro_batches) else NO_EXAMPLES
+
+    def dropout_seed(self, micro: int) -> int:
+        """The seed of all dropout masks of a micro-batch of this step."""
+        work = self.work
+        return derive_seed(self._setup.seed, "dropout", work.client_id, work.round_num, self._step, micro)
 
     def note_batch(self, indices: NDArray[np.int64], loss_sum: float, *, num_computed: int) -> None:
         """Add one micro-batch to what is measured; `num_computed` counts its positions, padding included."""
@@ -260,11 +287,9 @@ class _Running:
         self._padded += num_computed - num_tokens
 
     def take_step(self, step: int) -> None:
-        """Check, clip and apply the gradients of a step; a client that failed stays as it is."""
-        if self._error is not None:
-            return
+        """Check, clip and apply the gradients of a step; a client that fails stays as it is."""
         try:
-            self._label_count += self.step_labels
+            self._label_count += self.num_labels
             if step == 0:
                 self._norms = {part: float(torch.linalg.vector_norm(self._grad(part))) for part in self._parts}
             _require_finite(math.isfinite(self._loss_sum), "the training loss", self.work, step)
@@ -274,7 +299,7 @@ class _Running:
             _require_finite(math.isfinite(self._optimizer.clip()), "the gradient", self.work, step)
             self._optimizer.step()
         except ClientError as error:
-            self._error = error
+            self._error = error.with_traceback(None)
 
     def finish(self) -> ClientOutcome | ClientError:
         """The outcome, or what went wrong."""
@@ -286,7 +311,7 @@ class _Running:
             what = "a trained factor or its gradient"
             _require_finite(finite, what, work, len(self.steps) - 1, when="at or before")
         except ClientError as error:
-            return error
+            return error.with_traceback(None)
         metrics = TrainMetrics(
             self._loss_sum / self._label_count,
             self._norms.get(Part.A),
@@ -296,76 +321,37 @@ class _Running:
             len(self.steps),
         )
         state = {**work.optimizer_state, **self._optimizer.state()} if keep else {}
-        tensors = self._resident.read(work.trained, self.slot)
+        tensors = self._resident.read(work.trained, self._slot)
         return ClientOutcome(work.client_id, work.round_num, len(work.indices), tensors, state, metrics)
 
     def _flat(self, part: Part) -> Tensor:
-        return self._resident.flat(part, self.slot)
+        return self._resident.flat(part, self._slot)
 
     def _grad(self, part: Part) -> Tensor:
-        return self._resident.flat_grad(part, self.slot)
+        return self._resident.flat_grad(part, self._slot)
+
+
+def _optimizer_of(setup: TrainingSetup, work: ClientWork, slot: int) -> FlatOptimizer:
+    training = setup.training
+    ratios = {Part.A: training.learning_rate_a_ratio}
+    return FlatOptimizer(
+        setup.resident,
+        slot,
+        kind=training.optimizer,
+        learning_rates={part: work.learning_rate * ratios.get(part, 1.0) for part in work.trained},
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+    )
 
 
 def _require_finite(finite: bool, what: str, work: ClientWork, step: int, *, when: str = "at") -> None:
     if not finite:
-        message = (
+        raise _training_error(
             f"{what} became NaN or infinite {when} local step {step + 1}; "
-            "lower local.learning_rate or set local.max_grad_norm"
+            "lower local.learning_rate or set local.max_grad_norm",
+            work,
         )
-        raise ClientError(message, client_id=work.client_id, round_num=work.round_num, stage="training")
 
 
-class _FlatOptimizer:
-    """One torch optimizer over the flat buffers: one tensor per trained part, whatever the number of layers."""
-
-    def __init__(self, resident: ResidentModel, work: ClientWork, training: LocalTraining, slot: int) -> None:
-        self._params: dict[Part, nn.Parameter] = {}
-        groups = []
-        for part in sorted(work.trained):
-            flat = resident.flat(part, slot)
-            if flat.numel() == 0:
-                continue
-            param = nn.Parameter(flat, requires_grad=True)
-            param.grad = resident.flat_grad(part, slot)
-            ratio = training.learning_rate_a_ratio if part is Part.A else 1.0
-            groups.append({"params": [param], "lr": work.learning_rate * ratio})
-            self._params[part] = param
-        decay = training.weight_decay
-        self._fused = training.optimizer == "adamw" and resident.device.type in {"cpu", "cuda"}
-        self._optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(groups, weight_decay=decay, fused=self._fused)
-            if training.optimizer == "adamw"
-            else torch.optim.SGD(groups, weight_decay=decay)
-        )
-        self._max_grad_norm = training.max_grad_norm
-        self._restore(work)
-
-    def clip(self) -> float:
-        """Clip the gradient and return its norm before; 0 without clipping. An infinite norm makes it zero or NaN."""
-        if self._max_grad_norm is None:
-            return 0.0
-        return float(nn.utils.clip_grad_norm_(list(self._params.values()), self._max_grad_norm))
-
-    def step(self) -> None:
-        """Update the buffers in place."""
-        self._optimizer.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """The moments as `part/name` -> CPU tensor."""
-        return {
-            f"{part.value}/{name}": value.detach().cpu().clone()
-            for part, param in self._params.items()
-            for name, value in self._optimizer.state[param].items()
-        }
-
-    def _restore(self, work: ClientWork) -> None:
-        """Take up the moments; one of another size is refused here, because the fused AdamW would read past its end."""
-        for key, value in work.optimizer_state.items():
-            part, name = key.split("/", 1)
-            param = self._params.get(Part(part))
-            if param is not None:
-                if name != "step" and value.shape != param.shape:
-                    message = f"kept {key} has shape {tuple(value.shape)}, expected {tuple(param.shape)}"
-                    raise ClientError(message, client_id=work.client_id, round_num=work.round_num, stage="training")
-                on_cpu = name == "step" and not self._fused  # where torch itself keeps the step count
-                self._optimizer.state[param][name] = value.to("cpu" if on_cpu else param.device, copy=True)
+def _training_error(reason: str, work: ClientWork) -> ClientError:
+    return ClientError(reason, client_id=work.client_id, round_num=work.round_num, stage="training")

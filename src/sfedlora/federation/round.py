@@ -123,13 +123,12 @@ def run_round(
     clock = time.perf_counter()
     outcomes: dict[str, ClientOutcome] = {}
     excluded: dict[str, str] = {}
-    for client_id in sorted(done):
+    members = {client_id: federation.participants[client_id] for client_id in cohort}
+    waiting = federation.runner.order(members, done)
+    for client_id in sorted(done.keys() - set(waiting)):
         gains.append(_gain(starting_adapter(federation, state, client_id), federation.sizes.of(client_id).scaling))
         outcomes[client_id] = done[client_id]
         yield ClientTrained(round_num, client_id, done[client_id], None)
-    waiting = federation.runner.order(
-        {client_id: federation.participants[client_id] for client_id in cohort if client_id not in outcomes}
-    )
     for result in federation.runner.run_cohort(_work_of(federation, state, waiting, gains)):
         if isinstance(result, ClientError):
             excluded[result.client_id] = result.reason
@@ -165,6 +164,7 @@ def run_round(
         "scaling": scaling_record(federation.sizes, list(federation.participants)),
         "effective_clients": federation.effective_clients,
         **_traffic_record(federation, before, updates, cohort),
+        "clients_per_batch": federation.runner.clients_per_batch,
         **seconds,
         "excluded": dict(sorted(excluded.items())),
         "clients": client_records(outcomes, evaluated, {key: len(federation.splits[key].train) for key in evaluated}),

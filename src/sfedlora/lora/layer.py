@@ -40,12 +40,16 @@ class DropoutState:
             backward has ended; gradient checkpointing draws the same masks again.
         own_shapes: (rows, tokens) of each client's own batch inside a stack that pads them to common ones; None where
             nothing is padded.
-        padded_shape: (rows, tokens) of every client's share of that stack.
+        padded_shape: (rows, tokens) of every client's share of the batch; (0, 0) where nobody said.
     """
 
     seeds: tuple[int, ...] | None = None
     own_shapes: tuple[tuple[int, int], ...] | None = None
     padded_shape: tuple[int, int] = (0, 0)
+
+    def clear(self) -> None:
+        """No dropout, no known shapes."""
+        self.seeds, self.own_shapes, self.padded_shape = None, None, (0, 0)
 
 
 class LoraLinear(nn.Module):
@@ -53,15 +57,13 @@ class LoraLinear(nn.Module):
 
     The order of operations and the dtype rules are stock PEFT's: x is cast to the dtype of A, the sum is cast back to
     the dtype of the base output. A stack computes C clients at once with `bmm`; row block c of the leading (batch)
-    dimension of x belongs to client c, and all blocks have the same size. Where only the first clients of a stack take
-    part, `num_active` says how many.
+    dimension of x belongs to client c, and all blocks have the same size.
 
     Attributes:
         base: the frozen module, always in eval mode.
         a: (rank, in_features), or (C, rank, in_features) for a stack.
         b: (out_features, rank), or (C, out_features, rank) for a stack.
         scaling: gamma; a float, or for a stack optionally a tensor of shape (C,).
-        num_active: how many clients of a stack the next batch is made of, counted from the first; None for all.
     """
 
     a: nn.Parameter
@@ -104,7 +106,6 @@ class LoraLinear(nn.Module):
         self.dropout = dropout
         self.dropout_state = DropoutState() if dropout_state is None else dropout_state
         self.path = path
-        self.num_active: int | None = None
         self._delta: BaseDelta | None = None
         self._merged_weight: Tensor | None = None
         self.set_factors(a, b)
@@ -221,16 +222,21 @@ class LoraLinear(nn.Module):
         return functional.linear(functional.linear(x, delta.right), delta.left)
 
     def _stacked_delta(self, x: Tensor) -> Tensor:
-        a: Tensor = self.a
-        b: Tensor = self.b
-        scaling = self.scaling
-        if self.num_active is not None and self.num_active < a.shape[0]:
-            a, b = a[: self.num_active], b[: self.num_active]
-            scaling = scaling[: self.num_active] if isinstance(scaling, Tensor) else scaling
-        if x.shape[0] % a.shape[0]:
-            raise AdapterError(f"{self.path}: a batch of {x.shape[0]} rows for a stack of {a.shape[0]} clients")
-        rows = x.reshape(a.shape[0], -1, self.in_features)
-        delta = torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b.transpose(1, 2))
+        """Each client's share of the rows with its own pair.
+
+        Raises:
+            AdapterError: the rows are not those of a whole batch, so nobody knows whose they are.
+        """
+        num_clients, scaling = self.a.shape[0], self.scaling
+        rows, tokens = self.dropout_state.padded_shape
+        of_a_batch = x.shape[0] in {num_clients * rows, num_clients * rows * tokens} or rows == 0
+        if x.shape[0] % num_clients or not of_a_batch:
+            raise AdapterError(
+                f"{self.path}: a batch of {x.shape[0]} rows for a stack of {num_clients} clients"
+                + ("" if of_a_batch else f" with {rows} x {tokens} tokens each; this model needs runner: serial")
+            )
+        shares = x.reshape(num_clients, -1, self.in_features)
+        delta = torch.bmm(torch.bmm(shares, self.a.transpose(1, 2)), self.b.transpose(1, 2))
         scaling = scaling.view(-1, 1, 1) if isinstance(scaling, Tensor) else scaling
         return (delta * scaling).reshape(*x.shape[:-1], self.out_features)
 
@@ -243,7 +249,7 @@ class SeededDropout(nn.Module):
     """Takes the place of an `nn.Dropout` in a trained head; active while its `DropoutState` holds seeds.
 
     Attributes:
-        slot: the client of the stack whose rows alone it sees, inside a copy of a `StackedHead`; None if it sees all.
+        slot: which client of the batch it sees alone, inside a copy of a `StackedHead`; None if it sees all.
     """
 
     def __init__(self, p: float, state: DropoutState, path: str) -> None:
@@ -262,22 +268,30 @@ class SeededDropout(nn.Module):
 
 
 class StackedHead(nn.Module):
-    """C copies of a head module, one per client of a stack; copy c sees the rows of client c.
+    """Copies of a head module, one per client of a stack; each sees the rows of its client.
 
     Attributes:
         copies: the modules.
-        num_active: as in `LoraLinear`.
+        active: the copies whose clients the next batch is made of.
     """
 
     def __init__(self, copies: Sequence[nn.Module]) -> None:
-        """Hold the copies, not copied again."""
+        """Hold the copies, not copied again; all of them active."""
         super().__init__()
         self.copies = nn.ModuleList(copies)
-        self.num_active: int | None = None
+        self.activate(0, len(copies))
+
+    def activate(self, start: int, stop: int) -> None:
+        """Say that the next batches are made of the clients `start` to `stop - 1`."""
+        self.active = slice(start, stop)
+        for place, copied in enumerate(self.copies[self.active]):
+            for module in copied.modules():
+                if isinstance(module, SeededDropout):
+                    module.slot = place
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply each copy to its share of x, (batch, ...), batch being a multiple of the number of active clients."""
-        active = self.copies[: self.num_active]
+        """Apply each active copy to its share of x, (batch, ...), batch being a multiple of their number."""
+        active = self.copies[self.active]
         if x.shape[0] % len(active):
             raise AdapterError(f"a head: a batch of {x.shape[0]} rows for a stack of {len(active)} clients")
         shares = x.chunk(len(active))
@@ -351,8 +365,9 @@ def _mask(
     if own == padded:
         return torch.rand(shape, generator=generator) >= p
     rows, tokens = padded
-    if shape[:2] == padded or shape[0] == rows * tokens:
-        features = shape[2:] if shape[:2] == padded else shape[1:]
+    apart = len(shape) > 2 and shape[:2] == padded  # (rows, features) may look like (rows, tokens)
+    if apart or shape[0] == rows * tokens:
+        features = shape[2:] if apart else shape[1:]
         kept = torch.ones(rows, tokens, *features, dtype=torch.bool)
         kept[: own[0], : own[1]] = torch.rand(own[0], own[1], *features, generator=generator) >= p
     else:

@@ -21,10 +21,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sfedlora.errors import AdapterError, ConfigError, ModelError
 from sfedlora.lora.base_delta import BaseDelta, total_deltas
-from sfedlora.lora.layer import DropoutState, LoraLinear, SeededDropout, StackedHead
+from sfedlora.lora.layer import DropoutState, LoraLinear, StackedHead
 from sfedlora.types import AdapterLayout, LoraSize, Part, Target, Tensors, factor_name, part_of, path_of
 
 __all__ = ["ResidentModel", "owner_of", "warn_about_rank"]
+
+MAX_KEPT_VIEWS = 32
+"""Runs of slots whose views are kept; a view per layer and run is made anew otherwise."""
 
 
 class ResidentModel:
@@ -32,7 +35,8 @@ class ResidentModel:
 
     It carries the adapter of one client, or a stack of C adapters for a batch made of C equal groups of rows. The
     adapter of slot c is a flat buffer per part, whatever C is, so an optimizer or a norm of one client never sees that
-    there are others.
+    there are others. A batch may also belong to some neighbouring slots only (`set_active`); with one slot the model
+    computes what it computes without a stack.
 
     Attributes:
         model: the adapted model; call it directly.
@@ -67,25 +71,26 @@ class ResidentModel:
         self._layers = layers
         self._heads = {path: model.get_submodule(path) for path in head_paths}
         self._flat: dict[Part, list[Tensor]] = {}
+        self._buffers: dict[Part, tuple[Tensor, Tensor]] = {}
         self._values: list[dict[str, Tensor]] = [{}]
-        self._parameters: dict[Part, list[nn.Parameter]] = {}
+        self._head_parameters: list[nn.Parameter] = []
+        self._pairs: dict[tuple[int, int], list[tuple[nn.Parameter, nn.Parameter]]] = {}
         self._trained = frozenset(Part)
-        self._scaling = 1.0
+        self._scalings = [1.0]
         self._ranks = [rank]
+        self._active = (0, 1)
         self._base_deltas: Tensors = {}
         self._allocate_factors()
         self._allocate_head({name: self._head_value(name) for name in self.layout.shapes(rank, [Part.HEAD])})
 
     @property
     def scaling(self) -> float:
-        """Gamma of every LoRA pair; set it to change all of them, in all slots."""
-        return self._scaling
+        """Gamma of every LoRA pair, of the first slot; set it to change all of them, in all slots."""
+        return self._scalings[0]
 
     @scaling.setter
     def scaling(self, value: float) -> None:
-        self._scaling = float(value)
-        for layer in self._layers.values():
-            layer.scaling = self._scaling
+        self._set_scalings([float(value)] * self.num_clients)
 
     def flat(self, part: Part, slot: int = 0) -> Tensor:
         """The values of one part of one client, (num_elements,), float32, laid out as `layout.shapes`.
@@ -107,27 +112,33 @@ class ResidentModel:
     def zero_grad(self) -> None:
         """Set the gradients of every part to zero, in place."""
         for part in Part:
-            for slot in range(self.num_clients):
-                self.flat_grad(part, slot).zero_()
+            self.flat_grad(part)  # still there?
+            self._buffers[part][1].zero_()
 
     def set_trained(self, parts: Iterable[Part]) -> None:
         """Let backward reach these parts only; the gradients of the others become zero and stay so."""
         self._trained = frozenset(parts)
-        for part, parameters in self._parameters.items():
-            for parameter in parameters:
-                parameter.requires_grad_(part in self._trained)
-            if part not in self._trained:
-                for slot in range(self.num_clients):
-                    self.flat_grad(part, slot).zero_()
+        pairs = [pair for pairs in self._pairs.values() for pair in pairs]
+        for a, b in pairs:
+            a.requires_grad_(Part.A in self._trained)
+            b.requires_grad_(Part.B in self._trained)
+        for parameter in self._head_parameters:
+            parameter.requires_grad_(Part.HEAD in self._trained)
+        for part in frozenset(Part) - self._trained:
+            self._buffers[part][1].zero_()
 
-    def set_active(self, num_active: int) -> None:
-        """Say that the next batches belong to the first clients of the stack only."""
-        for layer in self._layers.values():
-            layer.num_active = num_active
+    def set_active(self, start: int, stop: int) -> None:
+        """Say that the next batches belong to the slots `start` to `stop - 1` of the stack only."""
+        if (start, stop) == self._active:
+            return
+        self._active = (start, stop)
+        for layer, (a, b) in zip(self._layers.values(), self._pairs_of(start, stop), strict=True):
+            layer.a, layer.b = a, b
+        self._apply_scalings()
         for path in self._heads:
             head = self.model.get_submodule(path)
             if isinstance(head, StackedHead):
-                head.num_active = num_active
+                head.activate(start, stop)
 
     def load(self, tensors: Tensors, slot: int = 0) -> None:
         """Copy factors into the model; those not named keep their values.
@@ -159,10 +170,7 @@ class ResidentModel:
         Raises:
             AdapterError: as `load` and `set_base_deltas`.
         """
-        self.resize(size.rank)
-        self.set_base_deltas(base_deltas)
-        self.load(tensors)
-        self.scaling = size.scaling
+        self.serve_stack([tensors], sizes=[size], base_deltas=base_deltas)
 
     def serve_stack(self, adapters: Sequence[Tensors], *, sizes: Sequence[LoraSize], base_deltas: Tensors) -> None:
         """Become the model of several clients at once, in the order given; all of them active.
@@ -170,9 +178,6 @@ class ResidentModel:
         Raises:
             AdapterError: as `load` and `set_base_deltas`.
         """
-        if len(adapters) == 1:
-            self.serve(adapters[0], size=sizes[0], base_deltas=base_deltas)
-            return
         self.resize(max(size.rank for size in sizes), num_clients=len(adapters))
         self._ranks = [size.rank for size in sizes]
         self.set_base_deltas(base_deltas)
@@ -181,10 +186,8 @@ class ResidentModel:
                 self.flat(Part.A, slot).zero_()
                 self.flat(Part.B, slot).zero_()
             self.load(tensors, slot)
-        gammas = [size.scaling for size in sizes]
-        for layer in self._layers.values():
-            layer.scaling = gammas[0] if len(set(gammas)) == 1 else torch.tensor(gammas, device=self.device)
-        self.set_active(len(adapters))
+        self.set_active(0, len(adapters))
+        self._set_scalings([size.scaling for size in sizes])
 
     def set_base_deltas(self, tensors: Tensors) -> None:
         """Correct the frozen weights by base deltas; an empty mapping takes all corrections back.
@@ -216,13 +219,35 @@ class ResidentModel:
         wanted, rank = frozenset(parts), self._ranks[slot]
         views: dict[str, Tensor] = {}
         for part in (part for part in Part if part in wanted):
-            copied = _split(self._flat[part][slot].to("cpu", copy=True), self.layout.shapes(self.rank, [part]))
-            if rank == self.rank or part is Part.HEAD:
-                views |= copied
-            else:
-                cut = torch.cat([_of_rank(name, tensor, rank).flatten() for name, tensor in copied.items()])
-                views |= _split(cut, self.layout.shapes(rank, [part]))
+            flat = self._flat[part][slot]
+            own = self.cut_to_rank(part, flat, slot)
+            views |= _split(own.to("cpu", copy=own is flat), self.layout.shapes(rank, [part]))
         return views
+
+    def cut_to_rank(self, part: Part, flat: Tensor, slot: int) -> Tensor:
+        """A tensor like `flat(part, slot)`, laid out by the client's own rank; itself if that is the same."""
+        rank = self._ranks[slot]
+        if rank == self.rank or part is Part.HEAD:
+            return flat
+        pieces = _split(flat, self._shapes(part))
+        return torch.cat([_of_rank(name, piece, rank).flatten() for name, piece in pieces.items()])
+
+    def pad_to_rank(self, part: Part, flat: Tensor, slot: int) -> Tensor:
+        """The inverse of `cut_to_rank`, on the device of the model; the rest is zero. Always a copy.
+
+        Raises:
+            AdapterError: not as many elements as the client's factors have.
+        """
+        rank = self._ranks[slot]
+        shapes = self.layout.shapes(rank, [part])
+        num_elements = sum(torch.Size(shape).numel() for shape in shapes.values())
+        if tuple(flat.shape) != (num_elements,):
+            raise AdapterError(f"shape {tuple(flat.shape)}, expected ({num_elements},)")
+        padded = torch.zeros_like(self.flat(part, slot))
+        views = _split(padded, self._shapes(part))
+        for name, own in _split(flat, shapes).items():
+            _of_rank(name, views[name], rank).copy_(own)
+        return padded
 
     def resize(self, rank: int, *, num_clients: int = 1) -> None:
         """Give every pair another rank, and the model another number of clients.
@@ -236,19 +261,21 @@ class ResidentModel:
         for name, number in (("rank", rank), ("num_clients", num_clients)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ConfigError(f"{name} = {number!r}; expected an integer of at least 1")
-        if (rank, num_clients) == (self.rank, self.num_clients):
+        if (rank, num_clients) == (self.rank, self.num_clients) and self._ranks:
             self._ranks = [rank] * num_clients
             return
         if rank > self.rank:
             warn_about_rank(rank, self.layout.targets)
         head = {name: value.clone() for name, value in self._values[0].items() if part_of(name) is Part.HEAD}
-        other_clients = num_clients != self.num_clients
-        self.rank, self.num_clients, self._ranks = rank, num_clients, [rank] * num_clients
+        other_clients = num_clients != self.num_clients or not self._ranks
+        self._ranks = []  # should the memory not suffice, the next call begins anew
+        self.rank, self.num_clients = rank, num_clients
+        self._scalings = [self.scaling] * num_clients
         self._allocate_factors()
         if other_clients:
             self._allocate_head(head)
-        self.set_active(num_clients)
         self.set_trained(self._trained)
+        self._ranks = [rank] * num_clients
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every transformer layer in the backward instead of keeping its activations.
@@ -269,12 +296,9 @@ class ResidentModel:
         """New buffers for A and B; the parameters of a layer are views of them, over all slots."""
         heads = [{name: v for name, v in own.items() if part_of(name) is Part.HEAD} for own in self._values]
         heads = (heads * self.num_clients)[: self.num_clients]
-        views: dict[str, Tensor] = {}
-        gradients: dict[str, Tensor] = {}
+        self._pairs = {}
         for part in (Part.A, Part.B):
-            buffer, gradient = self._new_buffer(part)
-            views |= _split_stack(buffer, self._shapes(part))
-            gradients |= _split_stack(gradient, self._shapes(part))
+            self._new_buffer(part)
         self._values = [
             {
                 **_split(self.flat(Part.A, slot), self._shapes(Part.A)),
@@ -283,21 +307,44 @@ class ResidentModel:
             }
             for slot, head in enumerate(heads)
         ]
-        for path, layer in self._layers.items():
-            a, b = factor_name(Part.A, path), factor_name(Part.B, path)
-            layer.set_factors(views[a], views[b])
-            layer.a.grad, layer.b.grad = gradients[a], gradients[b]
-        self._parameters[Part.A] = [layer.a for layer in self._layers.values()]
-        self._parameters[Part.B] = [layer.b for layer in self._layers.values()]
+        self._active = (0, 0)
+        self.set_active(0, self.num_clients)
+
+    def _pairs_of(self, start: int, stop: int) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """A and B of every layer over some slots: views of the buffers, and so are their gradients."""
+        if (start, stop) in self._pairs:
+            return self._pairs[start, stop]
+        if len(self._pairs) >= MAX_KEPT_VIEWS:
+            self._pairs = {}
+        views: dict[str, nn.Parameter] = {}
+        for part in (Part.A, Part.B):
+            values, gradients = (_split_stack(buffer[start:stop], self._shapes(part)) for buffer in self._buffers[part])
+            for name, value in values.items():
+                views[name] = nn.Parameter(value, requires_grad=part in self._trained)
+                views[name].grad = gradients[name]
+        pairs = [(views[factor_name(Part.A, path)], views[factor_name(Part.B, path)]) for path in self._layers]
+        self._pairs[start, stop] = pairs
+        return pairs
+
+    def _set_scalings(self, scalings: list[float]) -> None:
+        self._scalings = scalings
+        self._apply_scalings()
+
+    def _apply_scalings(self) -> None:
+        """Gamma of the active slots: a number where they have one, else one for each."""
+        active = self._scalings[slice(*self._active)]
+        scaling = active[0] if len(set(active)) == 1 else torch.tensor(active, device=self.device)
+        for layer in self._layers.values():
+            layer.scaling = scaling
 
     def _allocate_head(self, values: Tensors) -> None:
         """A new buffer for the head, the same values in every slot; a stack has a copy of each head module per slot."""
         self._new_buffer(Part.HEAD)
         for path, original in self._heads.items():
             owner, attribute = owner_of(self.model, path)
-            stacked = StackedHead(_copies(original, self.num_clients, self.dropout))
-            setattr(owner, attribute, original if self.num_clients == 1 else stacked)
-        self._parameters[Part.HEAD] = []
+            copies = _copies(original, self.num_clients, self.dropout)
+            setattr(owner, attribute, original if self.num_clients == 1 else StackedHead(copies))
+        self._head_parameters = []
         shapes = self._shapes(Part.HEAD)
         for slot in range(self.num_clients):
             gradients = _split(self.flat_grad(Part.HEAD, slot), shapes)
@@ -308,7 +355,7 @@ class ResidentModel:
                 module, attribute = self._head_owner(name, slot)
                 setattr(module, attribute, parameter)
                 self._values[slot][name] = view
-                self._parameters[Part.HEAD].append(parameter)
+                self._head_parameters.append(parameter)
 
     def _head_owner(self, name: str, slot: int) -> tuple[nn.Module, str]:
         """The module that holds a head parameter in one slot, and the attribute's name."""
@@ -325,15 +372,15 @@ class ResidentModel:
     def _shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
         return self.layout.shapes(self.rank, [part])
 
-    def _new_buffer(self, part: Part) -> tuple[Tensor, Tensor]:
+    def _new_buffer(self, part: Part) -> None:
         """Values and gradients, (C, num_elements) zeros; their rows become the flat tensors of the slots."""
         size = sum(torch.Size(shape).numel() for shape in self._shapes(part).values())
         buffer = torch.zeros(self.num_clients, size, dtype=torch.float32, device=self.device)
         gradient = torch.zeros_like(buffer)
+        self._buffers[part] = (buffer, gradient)
         self._flat[part] = list(buffer.unbind())
         for row, row_gradient in zip(self._flat[part], gradient.unbind(), strict=True):
             row.grad = row_gradient
-        return buffer, gradient
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -385,15 +432,10 @@ def _of_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
 
 
 def _copies(module: nn.Module, num_copies: int, state: DropoutState) -> list[nn.Module]:
-    """Copies of a head module; their dropout layers read the same seeds, each those of its own slot."""
+    """Copies of a head module; their dropout layers read the same seeds."""
     if num_copies == 1:
         return [module]
-    copies = [copy.deepcopy(module, {id(state): state}) for _ in range(num_copies)]
-    for slot, copied in enumerate(copies):
-        for inner in copied.modules():
-            if isinstance(inner, SeededDropout):
-                inner.slot = slot
-    return copies
+    return [copy.deepcopy(module, {id(state): state}) for _ in range(num_copies)]
 
 
 def _checkpointed(forward: Callable[..., object], *args: object, **kwargs: object) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from sfedlora.errors import ClientError
@@ -12,13 +12,24 @@ __all__ = ["Runner"]
 
 
 class Runner(Protocol):
-    """Executes the work of a cohort; every outcome depends on its own work only."""
+    """Executes the work of a cohort; every outcome depends on its own work only, up to rounding.
 
-    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
-        """The order in which the runner wants the work of these clients.
+    Where several clients are stacked in one forward pass, the bits depend on who they are. So a stack is formed from
+    the whole cohort and runs as a whole.
+    """
+
+    @property
+    def clients_per_batch(self) -> int:
+        """Clients in a stack at present."""
+        ...
+
+    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
+        """The clients whose work the runner wants, in its order: all but finished stacks.
 
         Args:
-            cohort: client id -> positions of its training examples.
+            cohort: client id -> positions of its training examples; the whole cohort.
+            done: clients of it that finished before the round was interrupted. One that shares a stack with a client
+                that did not is trained once more, to the same result.
         """
         ...
 

@@ -2,15 +2,17 @@
 
 Worth it where a client's own batch is too small to keep the processor busy. The same seeds, batches and masks as one
 after the other; sums inside a forward pass are taken in another order, so results agree to rounding, not to the bit.
+Which clients share a stack therefore depends on the cohort alone (`stacks`), never on who has finished already.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork, TrainingSetup, train_clients
@@ -20,6 +22,9 @@ __all__ = ["BatchedRunner"]
 
 Result = ClientOutcome | ClientError
 Client = TypeVar("Client")
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+"""What torch says, in lower case, where it raises no error of its own kind (CPU on Linux and Windows, cuBLAS)."""
 
 
 class BatchedRunner:
@@ -35,58 +40,61 @@ class BatchedRunner:
         self.setup = setup
         self.clients_per_batch = clients_per_batch
 
-    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
-        """Clients with like numbers of steps and like lengths of examples together, so that they share batches."""
+    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
+        """Clients with like numbers and lengths of batches together, so that they share forward passes."""
         lengths, training = self.setup.data.lengths, self.setup.training
 
-        def key(client_id: str) -> tuple[int, float, str]:
+        def key(client_id: str) -> tuple[int, int, float, str]:
             rows = np.asarray(cohort[client_id])
             num_batches = 0 if training.local_epochs is None else -(-len(rows) // training.batch_size)
-            return -num_batches, float(lengths[rows].mean()), client_id
+            return -num_batches, -min(len(rows), training.batch_size), float(lengths[rows].mean()), client_id
 
-        return sorted(cohort, key=key)
+        stacks = self.stacks(sorted(cohort, key=key))
+        return [client_id for stack in stacks if not set(stack) <= set(done) for client_id in stack]
 
-    def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[Result]:
-        """Train the clients of a cohort; one that fails gives its error instead of an outcome."""
-        for together in self.stacks(cohort, lambda work: work.size.rank):
-            yield from self._run(together)
-
-    def stacks(self, clients: Iterable[Client], rank_of: Callable[[Client], int]) -> Iterator[list[Client]]:
-        """Cut clients into stacks of neighbours, each made when it is asked for.
-
-        Kept moments are laid out by rank, so clients that have any are stacked with their like only.
-        """
-        keeps = self.setup.training.keep_optimizer_state
+    def stacks(self, clients: Iterable[Client]) -> Iterator[list[Client]]:
+        """Cut clients into stacks of C neighbours, each made when it is asked for."""
         together: list[Client] = []
         for client in clients:
-            same_layout = not together or not keeps or rank_of(together[0]) == rank_of(client)
-            if together and not (same_layout and len(together) < self.clients_per_batch):
+            together.append(client)
+            if len(together) >= self.clients_per_batch:
                 yield together
                 together = []
-            together.append(client)
         if together:
             yield together
 
-    def _run(self, works: Sequence[ClientWork]) -> list[Result]:
-        if len(works) == 1:
-            return [outcome_or_error(self.setup, works[0])]
+    def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[Result]:
+        """Train the clients of a cohort; one that fails gives its error instead of an outcome."""
+        for together in self.stacks(cohort):
+            yield from self._run(together)
+
+    def _run(self, works: Sequence[ClientWork]) -> Iterator[Result]:
+        """Train a stack; in several if C has become smaller than it is."""
+        while len(works) > self.clients_per_batch:
+            yield from self._run(works[: self.clients_per_batch])
+            works = works[self.clients_per_batch :]
         reason = ""
         try:
-            return train_clients(self.setup, works)
-        except (RuntimeError, MemoryError, ClientError) as error:
+            results = [outcome_or_error(self.setup, works[0])] if len(works) == 1 else train_clients(self.setup, works)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if _is_out_of_memory(error):
-                reason = f"{type(error).__name__}"
+                reason = type(error).__name__
+        else:
+            yield from results
+            return
         # One of them spoils the whole (or all are too many): halves find out, down to one client at a time. Outside
         # `except`, because the error holds the batch in memory as long as it lives.
         half = (len(works) + 1) // 2
-        if reason and half < self.clients_per_batch:
+        if reason:
             self.clients_per_batch = half
             warnings.warn(
                 f"{len(works)} clients in one batch do not fit into memory ({reason}); going on with {half}",
                 stacklevel=2,
             )
-        return [*self._run(works[:half]), *self._run(works[half:])]
+        yield from self._run(works[:half])
+        yield from self._run(works[half:])
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "memory" in str(error).lower()
+    message = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in message for words in OUT_OF_MEMORY)

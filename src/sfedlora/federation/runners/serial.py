@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sfedlora.errors import ClientError
@@ -17,9 +17,14 @@ class SerialRunner:
 
     setup: TrainingSetup
 
-    def order(self, cohort: Mapping[str, Sequence[int]]) -> list[str]:
-        """By client id."""
-        return sorted(cohort)
+    @property
+    def clients_per_batch(self) -> int:
+        """One."""
+        return 1
+
+    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
+        """By client id, those that have not finished."""
+        return sorted(cohort.keys() - set(done))
 
     def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
         """Train each client of a cohort; a client that fails gives its error instead of an outcome."""
