@@ -41,8 +41,8 @@ def plan_local_batches(
     fewer than `batch_size` examples uses batches of all it has. With `local_epochs` every example comes exactly
     once per epoch; one batch of an epoch may be smaller, and its last step may hold fewer micro-batches.
 
-    Clients whose plans have one `order_seed` take batches of like length at every step, short among their own or long
-    among their own, so that they can share a forward pass with little padding.
+    Clients whose plans have one `order_seed` take batches of about the same quantile of their lengths at every step, so
+    that they can share a forward pass with little padding.
 
     Args:
         lengths: (n,) tokens of every example of the encoded data.
@@ -162,14 +162,19 @@ def _distinct_batches(ordered: Indices, counts: NDArray[np.int64], size: int, nu
 def _epoch_batches(
     lengths: NDArray[np.int64], chosen: Indices, size: int, rng: np.random.Generator, order: np.random.Generator
 ) -> list[Indices]:
-    """Every example once, in batches of `size`; the smaller one, if any, is at a random length, not the longest."""
+    """Every example once, in batches of `size`; the smaller one, if any, is at a random length, not the longest.
+
+    The order is that of the ranks of random numbers, all orders equally likely: clients with other numbers of batches
+    that read the same random numbers take batches of about the same quantile at the same time.
+    """
     window = chosen[np.lexsort((rng.permutation(len(chosen)), lengths[chosen]))]
     num_full, rest = divmod(len(window), size)
     sizes = [size] * num_full
     if rest:
         sizes.insert(int(rng.integers(num_full + 1)), rest)
     batches = np.split(window, np.cumsum(sizes)[:-1])
-    return [batches[place] for place in order.permutation(len(batches))]
+    ranks = order.random(len(batches)).argsort().argsort()
+    return [batches[place] for place in ranks]
 
 
 def _grouped(batches: list[Indices], accumulation: int) -> list[list[Indices]]:
