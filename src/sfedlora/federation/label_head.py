@@ -28,7 +28,7 @@ from sfedlora.data.encoded import IGNORED_LABEL
 from sfedlora.errors import AdapterError, ModelError
 from sfedlora.lora.layer import LoraLinear
 
-__all__ = ["label_losses"]
+__all__ = ["behind_trunk", "label_losses"]
 
 Head = Callable[[Tensor], Tensor]
 """(groups, rows, width) hidden states -> (groups, rows, vocabulary) logits."""
@@ -61,7 +61,7 @@ def label_losses(
         ModelError: a model whose forward cannot be divided into a trunk and the rest.
         AdapterError: the output head carries the pairs of C clients and the batch is no multiple of C.
     """
-    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    inner = _inner_models(model)
     if not inner:
         raise ModelError(f"{type(model).__name__} holds no inner model below its output head; expected a causal-lm")
     output = inner[0](**inputs, use_cache=False)
@@ -85,6 +85,16 @@ def label_losses(
     losses = _row_losses(head, rows, targets, max(step, 1), trained=trained)
     table = losses.new_zeros(labels.numel()).scatter(0, index.flatten(), losses.flatten())
     return table.view(labels.shape)[:, 1:]
+
+
+def behind_trunk(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
+    """Those of some module paths that `label_losses` gives labelled rows instead of whole sequences."""
+    outside = {module for inner in _inner_models(model)[:1] for module in _modules_outside(model, inner)}
+    return [path for path in paths if model.get_submodule(path) in outside]
+
+
+def _inner_models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
 
 
 def _labelled_places(labels: Tensor, num_groups: int) -> Tensor:

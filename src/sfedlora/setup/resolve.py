@@ -9,6 +9,7 @@ import torch
 
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError
+from sfedlora.federation.label_head import behind_trunk
 from sfedlora.federation.runners.ray_cluster import ray_is_installed
 from sfedlora.lora.base_model import BaseModel
 from sfedlora.methods import Method
@@ -65,7 +66,8 @@ def resolve(
         targets: paths of the adapted modules.
 
     Raises:
-        ConfigError: a cohort larger than the number of clients.
+        ConfigError: a cohort larger than the number of clients, adapters that cannot be stacked as asked, or workers
+            without a device each.
     """
     evaluated = config.evaluation.clients
     if evaluated == "auto":
@@ -104,20 +106,20 @@ def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
     targets: Sequence[str],
 ) -> int:
     """Clients in one forward pass: asked for, or as many as stay under the device's token cap."""
-    cohort_size = _largest_cohort(config, method, num_clients)
-    if config.runner == "serial" or cohort_size == 1:
+    cohort_size, asked = _largest_cohort(config, method, num_clients), config.clients_per_batch
+    if config.runner == "serial" or asked == 1 or cohort_size == 1:
         return 1
-    output = base.model.get_output_embeddings()
-    stackable = output is None or output not in [base.model.get_submodule(path) for path in targets]
-    if not stackable:
-        if config.runner == "batched":
-            raise ConfigError(
-                "runner: batched cannot stack an adapter of the output layer, whose input is labelled tokens only; use "
-                "serial, or lora.target_modules without it"
-            )
+    unstackable = behind_trunk(base.model, targets) if config.model.task == "causal-lm" else []
+    if unstackable and config.runner == "auto" and asked == "auto":
         return 1
-    if config.clients_per_batch != "auto":
-        return min(config.clients_per_batch, cohort_size)
+    if unstackable:
+        given = "runner: batched" if config.runner == "batched" else f"clients_per_batch: {asked}"
+        raise ConfigError(
+            f"{given}: adapters of {unstackable[0]} cannot be stacked, because labelled tokens only get there; use "
+            "runner: serial, or lora.target_modules without it"
+        )
+    if asked != "auto":
+        return min(asked, cohort_size)
     own_tokens = max(1, config.local.batch_size * median_length)
     fitting = min(cohort_size, MAX_STACK, TOKEN_CAPS[device.type] // own_tokens)
     if config.runner == "batched":
