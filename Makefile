@@ -19,6 +19,7 @@ help:
 	@echo "make demo            fine-tune SmolLM2-135M across clients on real text, compare scaling rules"
 	@echo "make demo-sentiment  the same with MiniLM on sentiment sentences"
 	@echo "make test            run the fast tests      make test-slow   the slow ones"
+	@echo "make bench           measure speed and memory against the bars (BENCH=--whole: on SmolLM2 too)"
 	@echo "make lint types docs check style, layers, types, documentation"
 
 $(VENV)/.made:
@@ -86,9 +87,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Swap cost of the serial runner on the packaged tiny model; see benchmarks/swap.py for real models.
-bench: $(VENV)/.run
-	$(BIN)/python benchmarks/swap.py
+# What needs no download; with the real model: make bench BENCH=--whole (an hour).
+bench: $(VENV)/.run $(if $(BENCH),$(VENV)/.chat)
+	$(BIN)/python benchmarks/all.py $(BENCH)
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
