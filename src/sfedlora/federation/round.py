@@ -10,22 +10,22 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from sfedlora.errors import ClientError, RunError, UpdateError
 from sfedlora.federation.client import ClientOutcome, ClientWork
-from sfedlora.federation.evaluate import EvalResult, evaluate_examples, evaluate_stack, mean_results
+from sfedlora.federation.eval_work import EvalWork, Split, evaluate_work, external_works, split_works
+from sfedlora.federation.evaluate import EvalResult, mean_results
 from sfedlora.federation.record import client_records, evaluation_record, scaling_record, training_record
+from sfedlora.federation.runners.workers import WorkersRunner
 from sfedlora.federation.sampling import sample_cohort, sample_evaluated
 from sfedlora.federation.schedule import learning_rate_at
 from sfedlora.federation.server_optimizer import apply_server_optimizer
 from sfedlora.federation.state import (
     Federation,
     FederationState,
-    load_serving,
-    serves_one_model,
     starting_adapter,
     with_clients,
 )
@@ -40,6 +40,7 @@ __all__ = [
     "ClientTrained",
     "RoundFinished",
     "RoundStarted",
+    "Split",
     "evaluate_clients",
     "evaluate_external",
     "run_round",
@@ -47,9 +48,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-MAX_EVALUATED_TOGETHER = 32
-"""Clients that are evaluated in common batches where they serve one model; a stop waits for so many."""
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -184,21 +182,8 @@ def evaluate_clients(
         Client id, number of clients that are evaluated, result; in client-id order.
     """
     chosen = _evaluated_clients(federation, cohort)
-    one_model = serves_one_model(federation)
-    together = MAX_EVALUATED_TOGETHER if one_model else federation.batching.clients_per_batch
-    for start in range(0, len(chosen), together):
-        clients = chosen[start : start + together]
-        load_serving(federation, state, clients[:1] if one_model else clients)
-        evaluate = evaluate_examples if one_model or len(clients) == 1 else evaluate_stack
-        results = evaluate(
-            federation.resident,
-            federation.data,
-            [getattr(federation.splits[client_id], split) for client_id in clients],
-            task=federation.task,
-            batching=federation.batching,
-            pad_token_id=federation.pad_token_id,
-        )
-        for client_id, result in zip(clients, results, strict=True):
+    for work, results in _evaluate(federation, split_works(federation, state, split, chosen)):
+        for client_id, result in zip(work.client_ids, results, strict=True):
             yield client_id, len(chosen), result
 
 
@@ -206,22 +191,18 @@ def evaluate_external(
     federation: Federation, state: FederationState, client_ids: Sequence[str], split: Split
 ) -> dict[str, Any]:
     """Mean metrics of the evaluated clients on the extra file of a split, as `external_<split>`; empty without one."""
-    data = federation.external.get(split)
-    if data is None or not client_ids:
+    if split not in federation.external or not client_ids:
         return {}
-    results: dict[str, EvalResult] = {}
-    evaluated = client_ids[:1] if serves_one_model(federation) else client_ids
-    for client_id in evaluated:
-        load_serving(federation, state, [client_id])
-        [results[client_id]] = evaluate_examples(
-            federation.resident,
-            data,
-            [range(len(data))],
-            task=federation.task,
-            batching=federation.batching,
-            pad_token_id=federation.pad_token_id,
-        )
-    return {f"external_{split}": mean_results(results, weighted=False)}
+    works = external_works(federation, state, split, client_ids)
+    evaluated = {work.client_ids[0]: result for work, [result] in _evaluate(federation, works)}
+    return {f"external_{split}": mean_results(evaluated, weighted=False)}
+
+
+def _evaluate(federation: Federation, works: Iterator[EvalWork]) -> Iterator[tuple[EvalWork, list[EvalResult]]]:
+    """Every piece of an evaluation with its results, in order; on the runner's workers where some run."""
+    if isinstance(federation.runner, WorkersRunner) and federation.runner.is_running:
+        return federation.runner.evaluate(works)
+    return ((work, evaluate_work(federation, work)) for work in works)
 
 
 def _work_of(

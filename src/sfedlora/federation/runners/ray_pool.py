@@ -9,12 +9,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import islice
+from typing import Any, Generic, Literal, TypeVar
 
 from sfedlora.errors import ConfigError, InputError, RunError
 from sfedlora.federation.runners.packing import Packed
 from sfedlora.federation.runners.ray_cluster import Cluster, WorkerResources
-from sfedlora.federation.runners.worker import Place, Reply, SentWork, Worker
+from sfedlora.federation.runners.worker import Place, Worker
 from sfedlora.federation.state import Federation
 
 __all__ = ["Job", "RayPool"]
@@ -31,17 +32,17 @@ Subject = TypeVar("Subject")
 
 @dataclass(frozen=True, eq=False)
 class Job(Generic[Subject]):
-    """Training of one stack.
+    """What one worker is to do.
 
     Attributes:
         subject: whom it is about, for whoever deals it.
-        works: what is sent.
-        base_deltas: theirs, as `RayPool.share` gave them.
+        method: the method of `Worker`.
+        arguments: its arguments; tensors that many jobs need as `RayPool.share` gave them.
     """
 
     subject: Subject
-    works: tuple[SentWork, ...]
-    base_deltas: Any
+    method: Literal["train", "evaluate"]
+    arguments: tuple[Any, ...]
 
 
 @dataclass(eq=False)
@@ -91,11 +92,16 @@ class RayPool:
         self._seats = []
         self._cluster.close()
 
+    @property
+    def places(self) -> tuple[Place | None, ...]:
+        """Where each worker runs; None for one that is loading model and data, or gone."""
+        return tuple(seat.place for seat in self._seats)
+
     def share(self, tensors: Packed) -> Any:
         """Tensors that travel to each machine once, however many jobs name them."""
         return self._cluster.ray.put(tensors)
 
-    def deal(self, jobs: Iterable[Job[Subject]]) -> Iterator[tuple[Job[Subject], Reply | None]]:
+    def deal(self, jobs: Iterable[Job[Subject]]) -> Iterator[tuple[Job[Subject], Any]]:
         """Give each idle worker the next job until all are done. One whose worker dies goes to the next idle worker.
 
         Yields:
@@ -110,28 +116,31 @@ class RayPool:
         deaths: dict[Job[Subject], int] = {}
         for seat in self._seats:
             seat.job = None  # of an earlier call that was not driven to its end; nobody asks for its reply any more
-        while True:
-            if not ahead:
-                ahead.extend(job for job in [next(source, None)] if job is not None)
-            idle = next((seat for seat in self._seats if seat.asked is None and not seat.gone), None)
-            if idle is not None and ahead:
-                self._ask(idle, ahead.popleft())
-                continue
-            if not ahead and not any(seat.job for seat in self._seats):
-                return
+        self._occupy(ahead, source)
+        while any(seat.job for seat in self._seats) or ahead:
             seat = self._next_answer()
             job, reply = seat.job, self._answer(seat)
-            if job is None:
-                continue
-            if reply is None:
+            if job is not None and reply is None:
                 deaths[job] = deaths.get(job, 0) + 1
                 if deaths[job] < MAX_DEATHS:
                     ahead.appendleft(job)
-                    continue
-            yield job, reply
+                    job = None
+            self._occupy(ahead, source)  # before whoever takes the reply goes to work on it
+            if job is not None:
+                yield job, reply
+
+    def _occupy(self, ahead: deque[Job[Subject]], source: Iterator[Job[Subject]]) -> None:
+        """Give idle workers their next jobs, and make the one after those."""
+        while True:
+            if not ahead:
+                ahead.extend(islice(source, 1))
+            idle = next((seat for seat in self._seats if seat.asked is None and not seat.gone), None)
+            if idle is None or not ahead:
+                return
+            self._ask(idle, ahead.popleft())
 
     def _ask(self, seat: _Seat, job: Job[Any]) -> None:
-        seat.job, seat.asked = job, seat.actor.train.remote(job.works, job.base_deltas)
+        seat.job, seat.asked = job, getattr(seat.actor, job.method).remote(*job.arguments)
 
     def _load(self, seat: _Seat) -> None:
         """Ask a new or restarted worker to load model and data."""
@@ -151,7 +160,7 @@ class RayPool:
             raise RunError(f"no worker became ready within {START_SECONDS:g} s; is the cluster busy with other work?")
         return asked[done[0]]
 
-    def _answer(self, seat: _Seat) -> Reply | None:
+    def _answer(self, seat: _Seat) -> Any:
         """Take a worker's answer; None where it has become ready, or died."""
         exceptions = self._cluster.ray.exceptions
         asked, seat.asked = seat.asked, None
@@ -165,7 +174,7 @@ class RayPool:
             if seat.place is None:
                 raise _failed_start(seat, error.cause) from None
             raise
-        if isinstance(answer, Reply):
+        if not isinstance(answer, Place):
             return answer
         seat.place = answer
         return None
@@ -173,13 +182,13 @@ class RayPool:
     def _bury(self, seat: _Seat, *, again: str) -> None:
         """Ask Ray's replacement of a dead worker to load; one that died while loading is given up."""
         if seat.place is None:
-            where, then = "while it loaded model and data", "it is given up"
+            what = f"worker {seat.number} died while it loaded model and data; it is given up"
             seat.gone = True
             self._cluster.kill(seat.actor)
         else:
-            where, then = f"(process {seat.place.pid} on {seat.place.host})", "Ray restarts it"
+            what = f"worker {seat.number} (process {seat.place.pid} on {seat.place.host}) died; Ray restarts it"
             self._load(seat)
-        warnings.warn(f"worker {seat.number} died {where}; {then}{again}", stacklevel=2)
+        warnings.warn(what + again, stacklevel=2)
 
 
 def _failed_start(seat: _Seat, cause: Exception) -> Exception:

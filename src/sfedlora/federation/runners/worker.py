@@ -1,4 +1,4 @@
-"""What runs inside a worker process: a federation of its own, prepared once, that trains the clients it is given.
+"""What runs inside a worker process: a federation of its own, whose clients it trains and evaluates as it is asked.
 
 Not here: who starts workers and deals clients to them (`workers`), and anything of Ray.
 """
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork
+from sfedlora.federation.eval_work import EvalWork, evaluate_work
+from sfedlora.federation.evaluate import EvalResult
 from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.packing import Packed, pack, unpack
 from sfedlora.federation.state import Federation
 
-__all__ = ["Place", "Reply", "SentWork", "Worker", "receive", "send"]
+__all__ = ["Place", "Reply", "Worker", "receive", "send", "send_evaluation"]
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -35,6 +37,14 @@ class SentWork:
     work: ClientWork
     start: Packed
     optimizer_state: Packed
+
+
+@dataclass(frozen=True)
+class SentEvalWork:
+    """A piece of an evaluation on its way: the piece without its tensors, and those."""
+
+    work: EvalWork
+    adapters: tuple[Packed, ...]
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,11 @@ class Worker:
             tuple(str(one.message) for one in caught if _is_ours(one)),
         )
 
+    def evaluate(self, sent: SentEvalWork, base_deltas: Packed) -> list[EvalResult]:
+        """Evaluate clients, as one process does."""
+        work = replace(sent.work, adapters=tuple(map(unpack, sent.adapters)), base_deltas=unpack(base_deltas))
+        return evaluate_work(self._ready(), work)
+
     def _ready(self) -> Federation:
         if self._federation is None:
             self._federation = self._start()
@@ -131,6 +146,11 @@ def send(work: ClientWork) -> SentWork:
     """Work on its way to a worker, without its base deltas: those are the same for a whole stack."""
     bare = replace(work, start={}, optimizer_state={}, base_deltas={})
     return SentWork(bare, pack(work.start), pack(work.optimizer_state))
+
+
+def send_evaluation(work: EvalWork) -> SentEvalWork:
+    """As `send`, a piece of an evaluation."""
+    return SentEvalWork(replace(work, adapters=(), base_deltas={}), tuple(map(pack, work.adapters)))
 
 
 def receive(result: SentOutcome | SentError) -> ClientOutcome | ClientError:

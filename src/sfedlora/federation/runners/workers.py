@@ -1,6 +1,6 @@
 """Clients dealt over several worker processes, each with its own base model: GPUs of one machine, or of a cluster.
 
-This process makes the work, aggregates and evaluates; workers train. Stacks of clients are formed here, as one worker
+This process makes the work and aggregates; workers train and evaluate. Stacks of clients are formed here, as one worker
 would form them, and dealt whole, so for float32 on one type of device the results have the bits of one worker,
 whichever worker trains whom. The next stack goes to the next idle worker, expensive ones first.
 """
@@ -14,16 +14,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sfedlora.errors import ClientError
+from sfedlora.errors import ClientError, RunError
 from sfedlora.federation.client import ClientOutcome, ClientWork
+from sfedlora.federation.eval_work import EvalWork
+from sfedlora.federation.evaluate import EvalResult
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.packing import pack
 from sfedlora.federation.runners.ray_cluster import WorkerResources
 from sfedlora.federation.runners.ray_pool import MAX_DEATHS, Job, RayPool
 from sfedlora.federation.runners.serial import SerialRunner
-from sfedlora.federation.runners.worker import Reply, receive, send
+from sfedlora.federation.runners.worker import Place, Reply, receive, send, send_evaluation
 from sfedlora.federation.state import Federation
+from sfedlora.types import Tensors
 
 __all__ = ["WorkersRunner", "running"]
 
@@ -69,6 +72,16 @@ class WorkersRunner:
         self._pool = None
 
     @property
+    def is_running(self) -> bool:
+        """Whether workers were started and not ended."""
+        return self._pool is not None
+
+    @property
+    def places(self) -> tuple[Place | None, ...]:
+        """Where each worker runs; None for one that is loading model and data, or is gone for good."""
+        return () if self._pool is None else self._pool.places
+
+    @property
     def clients_per_batch(self) -> int:
         """Clients in a stack at present, on every worker."""
         return self.inner.clients_per_batch
@@ -90,11 +103,15 @@ class WorkersRunner:
         two is halved, to find out who it was.
         """
         pool = self.start()
-        jobs = _Jobs(pool)
+        shared = _Shared(pool)
+
+        def job_of(stack: Stack) -> Job[Stack]:
+            return Job(stack, "train", (tuple(map(send, stack)), shared.of(stack[0].base_deltas)))
+
         stacks: Iterable[Stack] = self._stacks(cohort)
         while True:
             lost: list[Stack] = []
-            for job, reply in pool.deal(map(jobs.make, stacks)):
+            for job, reply in pool.deal(map(job_of, stacks)):
                 if reply is not None:
                     self._learn(job.subject, reply)
                     yield from map(receive, reply.results)
@@ -106,6 +123,32 @@ class WorkersRunner:
             if not lost:
                 return
             stacks = lost
+
+    def evaluate(self, works: Iterable[EvalWork]) -> Iterator[tuple[EvalWork, list[EvalResult]]]:
+        """Evaluate clients; the pieces in their order.
+
+        Raises:
+            RunError: a piece cost two workers.
+        """
+        pool = self.start()
+        shared = _Shared(pool)
+        jobs = (
+            Job((index, work), "evaluate", (send_evaluation(work), shared.of(work.base_deltas)))
+            for index, work in enumerate(works)
+        )
+        waiting: dict[int, tuple[EvalWork, list[EvalResult]]] = {}
+        next_index = 0
+        for job, results in pool.deal(jobs):
+            index, work = job.subject
+            if results is None:
+                raise RunError(
+                    f"{MAX_DEATHS} workers died while they evaluated {', '.join(work.client_ids)} (out of memory?); "
+                    "lower evaluation.batch_size or evaluation.max_batch_tokens"
+                )
+            waiting[index] = work, results
+            while next_index in waiting:
+                yield waiting.pop(next_index)
+                next_index += 1
 
     def _stacks(self, clients: Iterable[Client]) -> Iterator[list[Client]]:
         """Cut clients as one worker would, each stack when it is asked for."""
@@ -166,17 +209,17 @@ class _Costs:
         return float(lengths.mean()) * training.batch_size * training.accumulation * (training.local_steps or 1)
 
 
-class _Jobs:
-    """Makes the jobs of one cohort, whose clients have the same base deltas: those are handed to Ray once."""
+class _Shared:
+    """The base deltas of one cohort or evaluation, which all its jobs have in common: handed to Ray once."""
 
     def __init__(self, pool: RayPool) -> None:
         self._pool = pool
-        self._base_deltas: Any = None
+        self._packed: Any = None
 
-    def make(self, stack: Stack) -> Job[Stack]:
-        if self._base_deltas is None:
-            self._base_deltas = self._pool.share(pack(stack[0].base_deltas))
-        return Job(stack, tuple(send(work) for work in stack), self._base_deltas)
+    def of(self, base_deltas: Tensors) -> Any:
+        if self._packed is None:
+            self._packed = self._pool.share(pack(base_deltas))
+        return self._packed
 
 
 def _excluded(work: ClientWork) -> ClientError:
