@@ -145,7 +145,7 @@ def _round_number(run_dir: Path, choice: RoundChoice) -> int | None:
 def _require_clients(clients: Sequence[str], known: Collection[str]) -> None:
     for client_id in clients:
         if client_id not in known:
-            raise InputError(f"no client {client_id!r} in this run; clients are {', '.join(sorted(known))}")
+            raise InputError(f"no client {client_id!r} in this run; clients are {', '.join(sorted({*known}))}")
 
 
 def _require_empty(target: Path) -> None:

@@ -120,6 +120,16 @@ def test_a_preset_on_sentiment(preset: str, tmp_path: Path, capsys: Capsys) -> N
     assert _largest_error(Served.load(run_dir).logits(client_id, inputs), logits_of(merged, inputs)) <= 1e-5
 
 
+@pytest.mark.parametrize("preset", ["flora", "fedex-lora"])
+def test_personal_heads_beside_base_deltas(preset: str, tmp_path: Path, capsys: Capsys) -> None:
+    config = write_sentiment(tmp_path, rounds={"num_rounds": 3}, preset=preset)
+    run_dir = _run(capsys, config, "method.head=personal")
+    check_sentiment(run_dir, rows_of(tmp_path / "rows.jsonl"), max_length=MAX_LENGTH)
+    stored = [load_file(adapter / "adapter_model.safetensors") for adapter, _ in _clients(run_dir).values()]
+    for name, tensor in stored[0].items():
+        assert all(own[name].equal(tensor) for own in stored[1:]) is ("classifier" not in name)
+
+
 def check_sentiment(run_dir: Path, rows: list[dict[str, Any]], *, max_length: int) -> None:
     """Stock PEFT gives our logits, loss and accuracy on what each client validates on, and loads the shared part."""
     served = Served.load(run_dir)

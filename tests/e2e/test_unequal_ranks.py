@@ -136,3 +136,38 @@ def test_a_cohort_without_the_largest_rank(method: str, tmp_path: Path, capsys: 
     for name, tensor in shared.items():
         if "lora_A" in name:
             assert tensor[:8].abs().sum(dim=1).min() > 0, "a row of A with no values could never train again"
+
+
+REFUSED = {
+    "too few": (["method.name=flora", "lora.rank=[2,4]"], "lora.rank: 2 ranks for 3 clients"),
+    "too many": (["method.name=flora", "lora.rank=[2,4,4,4]"], "lora.rank: 4 ranks for 3 clients"),
+    "too few for the data": (
+        ["method.name=flora", "partition={scheme: column, column: topic}"],
+        "lora.rank: 3 ranks for 8 clients; give one for each, in the order ai, conversations, emotion-1",
+    ),
+    "a method that cannot": (["method.name=fedex"], "lora.rank: method 'fedex' needs one rank for all clients"),
+    "drawn, and the method cannot": (["method.name=fair", "lora.rank_assignment=drawn"], "needs one rank for all"),
+    "drawn from one number": (
+        ["method.name=flora", "lora.rank_assignment=drawn", "lora.rank=4"],
+        "lora.rank_assignment: drawn needs a list in lora.rank to draw from, got 4",
+    ),
+    "no rank": (["method.name=flora", "lora.rank=[]"], "lora.rank"),
+    "rank 0": (["method.name=flora", "lora.rank=[2,0,3]"], "lora.rank: input should be greater than 0, got 0"),
+    "half a rank": (
+        ["method.name=flora", "lora.rank=[2,2.5,3]"],
+        "lora.rank: input should be a valid integer",
+    ),
+    "above the module": (["method.name=flexlora", "lora.rank=[2,3,33]"], "lora.rank: 33 is above min(in_features"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_ranks_that_do_not_fit_are_refused(case: str, tmp_path: Path, capsys: Capsys) -> None:
+    overrides, message = REFUSED[case]
+    outcome = sfedlora(capsys, "run", _config(tmp_path), *overrides)
+    assert outcome.code == 2
+    errors = [line for line in outcome.err.splitlines() if not line.startswith("warning: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+    assert not (tmp_path / "run").exists()

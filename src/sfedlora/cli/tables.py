@@ -47,7 +47,7 @@ def print_comparison(choices: Sequence[Mapping[str, str]], lines: Sequence[Mappi
     names = _metric_names(lines[0]["summary"]["last"]["test"]["weighted"])
     table = Table(
         *(Column(name, overflow="fold") for name in choices[0]),
-        *(Column(f"{name} {which}", justify="right", no_wrap=True) for which in ("last", "best") for name in names),
+        *(Column(f"{name}\n{which}", justify="right", no_wrap=True) for which in ("last", "best") for name in names),
     )
     for chosen, line in zip(choices, lines, strict=True):
         metrics = (line["summary"][which]["test"]["weighted"] for which in ("last", "best"))

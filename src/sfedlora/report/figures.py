@@ -59,7 +59,8 @@ def draw_run(run_dir: Path) -> list[Path]:
         _run_line(run, "grad_norm_a", "A", positive=True),
     ]
     shown = [line for line in norms if line.points]
-    gradient = Panel("gradient norm at the first step of a round", "round", "L2 norm", shown, log_y=True)
+    whose = f" of {shown[0].method}" if len(shown) == 1 else ""
+    gradient = Panel(f"gradient norm{whose} at the first step of a round", "round", "L2 norm", shown, log_y=True)
     drawn = [
         draw_panels([metrics], f"{name}: evaluation per round", out_dir / "metrics.png"),
         draw_panels([[gradient]], f"{name}: gradients per round", out_dir / "gradients.png"),
