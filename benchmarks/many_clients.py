@@ -2,11 +2,17 @@
 
     python benchmarks/many_clients.py                            # 100, 1,000 and 10,000 clients
     python benchmarks/many_clients.py --clients 100 10000 --rounds 30
+    python benchmarks/many_clients.py --stored                   # with a file of every client before the first round
 
-Each number of clients is a run in a process of its own, as the command line drives it, on generated chat pairs, 10 per
-client. Anonymous resident memory (RssAnon of /proc/self/status, Linux) and time are read when a round has finished; a
-round lasts from one `RoundFinished` to the next, so storing it counts too. The bars are those of the project: less than
-200 MB more from the fewest to the most clients, and at most 1.1 times the seconds per round.
+Runs are those of the command line, on generated chat pairs, 10 per client; a round lasts until the next one begins.
+
+- RssAnon (of /proc/self/status, Linux) after the last round, the wall time until round 1 ends, and wall time per round,
+  each of a run in a process of its own. Where a round is shorter than the disk takes to store the one before, the disk
+  decides that last time; the number of its writes does not depend on the number of clients.
+- interleaved: the runs take turns, round by round, in one process, so that all meet the same load of the machine; wall
+  time, and processor time of all threads. The fewest clients run twice, and their ratio shows what noise is left.
+
+Bars from the fewest to the most clients: less than 200 MB more, and at most 1.1 times the interleaved seconds per round.
 """
 
 from __future__ import annotations
@@ -18,38 +24,39 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 from sfedlora import RunConfig
-from sfedlora.experiment import run_events
+from sfedlora.artifacts import Checkpoints, CheckpointWriter
+from sfedlora.errors import Interrupted
+from sfedlora.experiment import RunEvent, RunPrepared, resume_events, run_events
 from sfedlora.federation.round import RoundFinished
 
-COHORT_SIZE, ROWS_PER_CLIENT = 10, 10
+COHORT_SIZE, ROWS_PER_CLIENT, WARM_UP_ROUNDS = 10, 10, 2
 MEMORY_BAR, TIME_BAR = 200e6, 1.1
-WORDS = "where is the old river and who has seen a small boat on it when the sun was low".split()
+WORDS = ("where", "is", "the", "old", "river", "who", "has", "seen", "a", "small", "boat", "when", "sun", "was", "low")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One run.
+class Alone:
+    """A run in a process of its own.
 
     Attributes:
-        num_clients: clients of the federation.
-        start_seconds: until round 1 begins: data, partition, model, initial evaluation.
+        start_seconds: until the first round has ended: data, partition, model, initial evaluation, round.
         anonymous_bytes: RssAnon after the last round.
-        round_seconds: median wall time of a round, the first left out.
-        round_cpu_seconds: likewise, processor time of the process.
-        store_bytes: the checkpoints on disk.
+        round_seconds: median of the later rounds.
+        checkpoint_bytes: the checkpoints on disk.
     """
 
-    num_clients: int
     start_seconds: float
     anonymous_bytes: int
     round_seconds: float
-    round_cpu_seconds: float
-    store_bytes: int
+    checkpoint_bytes: int
 
 
 def main() -> None:
@@ -57,23 +64,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stored", action="store_true", help="give every client a file first")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child is not None:
-        print(json.dumps(asdict(_measure(arguments.clients[0], arguments.rounds, arguments.child))))
-        return
-    _print_table([_in_own_process(num_clients, arguments.rounds) for num_clients in arguments.clients])
-
-
-def _in_own_process(num_clients: int, num_rounds: int) -> Measured:
+    numbers: list[int] = arguments.clients
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--clients", str(num_clients), "--rounds", str(num_rounds), "--child", folder]
-        done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+        if arguments.alone:
+            print(json.dumps(asdict(_alone(numbers[0], arguments.rounds, Path(folder), stored=arguments.stored))))
+            return
+        interleaved = _interleaved([*numbers, numbers[0]], arguments.rounds, Path(folder), stored=arguments.stored)
+    alone = [_in_own_process(number, arguments.rounds, stored=arguments.stored) for number in numbers]
+    _print_table(numbers, alone, interleaved)
 
 
-def _measure(num_clients: int, num_rounds: int, folder: Path) -> Measured:
-    data = folder / "rows.jsonl"
+def _in_own_process(num_clients: int, num_rounds: int, *, stored: bool) -> Alone:
+    options = ["--clients", str(num_clients), "--rounds", str(num_rounds), "--alone", *(["--stored"] if stored else [])]
+    done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
+    return Alone(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _alone(num_clients: int, num_rounds: int, folder: Path, *, stored: bool) -> Alone:
+    begin = time.perf_counter()
+    events = _run(num_clients, num_rounds, folder, stored=stored)
+    ends, anonymous = [], 0
+    for event in events:
+        if isinstance(event, RoundFinished):
+            ends.append(time.perf_counter())
+            anonymous = _anonymous_bytes()
+    files = [path for path in folder.glob("run-*/checkpoints/**/*") if path.is_file()]
+    return Alone(
+        ends[0] - begin,
+        anonymous,
+        statistics.median(after - before for before, after in pairwise(ends[WARM_UP_ROUNDS - 1 :])),
+        sum(path.stat().st_size for path in files),
+    )
+
+
+def _interleaved(numbers: Sequence[int], num_rounds: int, folder: Path, *, stored: bool) -> list[tuple[float, float]]:
+    """Median wall and processor seconds per round of runs that take turns."""
+    runs = []
+    for place, number in enumerate(numbers):
+        (folder / str(place)).mkdir()
+        runs.append(_run(number, num_rounds, folder / str(place), stored=stored))
+    seconds: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for turn in range(num_rounds - (1 if stored else 0)):
+        for place in sorted(range(len(runs)), key=lambda place: (place + turn) % len(runs)):
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            next(event for event in runs[place] if isinstance(event, RoundFinished))
+            seconds[place].append((time.perf_counter() - begin, time.process_time() - begin_cpu))
+    medians = []
+    for values in seconds:
+        wall, cpu = zip(*values[WARM_UP_ROUNDS:], strict=True)
+        medians.append((statistics.median(wall), statistics.median(cpu)))
+    return medians
+
+
+def _run(num_clients: int, num_rounds: int, folder: Path, *, stored: bool) -> Iterator[RunEvent]:
+    data, run_dir = folder / "rows.jsonl", folder / f"run-{num_clients}"
     data.write_text("".join(json.dumps(_row(number)) + "\n" for number in range(num_clients * ROWS_PER_CLIENT)))
     config = {
         "preset": "sfed-lora",
@@ -85,33 +132,31 @@ def _measure(num_clients: int, num_rounds: int, folder: Path) -> Measured:
         "local": {"learning_rate": 1e-2, "local_steps": 4, "batch_size": 4},
         "evaluation": {"clients": "cohort"},
         "threads": 1,
-        "output": str(folder / "run"),
+        "output": str(run_dir),
     }
-    begin = time.perf_counter()
-    walls, cpus = [], []
-    for event in run_events(RunConfig.from_mapping(config)):
-        if isinstance(event, RoundFinished):
-            walls.append(time.perf_counter())
-            cpus.append(time.process_time())
-            anonymous = _anonymous_bytes()
-    files = [path for path in (folder / "run" / "checkpoints").rglob("*") if path.is_file()]
-    return Measured(
-        num_clients,
-        walls[0] - begin,
-        anonymous,
-        _median_step(walls),
-        _median_step(cpus),
-        sum(path.stat().st_size for path in files),
-    )
+    events = run_events(RunConfig.from_mapping(config))
+    if stored:
+        _store_everyone(events, run_dir)
+        events = resume_events(run_dir)
+    return events
+
+
+def _store_everyone(events: Iterator[RunEvent], run_dir: Path) -> None:
+    """Run one round, then write a file for every client, as if all had taken part in it."""
+    prepared = next(event.prepared for event in events if isinstance(event, RunPrepared))
+    next(event for event in events if isinstance(event, RoundFinished))
+    with suppress(Interrupted):
+        cast("Generator[RunEvent]", events).throw(Interrupted("stop"))
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    checkpoint = checkpoints.load(1)
+    everyone = dict.fromkeys(prepared.federation.splits, next(iter(checkpoint.state.personal.values())))
+    state = replace(checkpoint.state, personal=everyone)
+    CheckpointWriter(checkpoints).save(replace(checkpoint, state=state), changed=everyone.keys(), best_round=None)
 
 
 def _row(number: int) -> dict[str, str]:
     pick = [WORDS[(number * step + step) % len(WORDS)] for step in range(3, 15)]
     return {"prompt": " ".join(pick[:5]), "response": " ".join(pick[5:])}
-
-
-def _median_step(times: Sequence[float]) -> float:
-    return statistics.median(after - before for before, after in zip(times, times[1:], strict=False))
 
 
 def _anonymous_bytes() -> int:
@@ -121,18 +166,23 @@ def _anonymous_bytes() -> int:
     raise SystemExit("RssAnon is missing in /proc/self/status; this benchmark needs Linux")
 
 
-def _print_table(measured: Sequence[Measured]) -> None:
+def _print_table(numbers: Sequence[int], alone: Sequence[Alone], interleaved: Sequence[tuple[float, float]]) -> None:
     print(f"cohort {COHORT_SIZE}, {ROWS_PER_CLIENT} examples per client, evaluation.clients: cohort")
-    print(f"{'clients':>8} {'start s':>8} {'RssAnon MB':>11} {'s/round':>8} {'cpu s/round':>12} {'checkpoints MB':>15}")
-    for item in measured:
-        print(
-            f"{item.num_clients:>8} {item.start_seconds:>8.1f} {item.anonymous_bytes / 1e6:>11.1f} "
-            f"{item.round_seconds:>8.3f} {item.round_cpu_seconds:>12.3f} {item.store_bytes / 1e6:>15.2f}"
+    print(" clients  start s  RssAnon MB  checkpoints MB  s/round alone | interleaved: wall s   ratio   cpu s   ratio")
+    base_wall, base_cpu = interleaved[0]
+    for number, item, (wall, cpu) in zip([*numbers, numbers[0]], [*alone, None], interleaved, strict=True):
+        own = (
+            " " * 54
+            if item is None
+            else (
+                f" {item.start_seconds:>8.1f} {item.anonymous_bytes / 1e6:>11.1f} "
+                f"{item.checkpoint_bytes / 1e6:>15.2f} {item.round_seconds:>14.3f} "
+            )
         )
-    fewest, most = measured[0], measured[-1]
-    growth = most.anonymous_bytes - fewest.anonymous_bytes
-    ratio = most.round_seconds / fewest.round_seconds
+        print(f"{number:>8}{own} {wall:>20.3f} {wall / base_wall:>7.3f} {cpu:>7.3f} {cpu / base_cpu:>7.3f}")
+    growth = alone[-1].anonymous_bytes - alone[0].anonymous_bytes
     print(f"growth of RssAnon {growth / 1e6:.1f} MB (bar: under {MEMORY_BAR / 1e6:.0f} MB)")
+    ratio = interleaved[len(numbers) - 1][0] / base_wall
     print(f"seconds per round {ratio:.3f} x (bar: at most {TIME_BAR} x)")
 
 

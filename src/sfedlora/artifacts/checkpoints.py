@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,6 +144,7 @@ class CheckpointWriter:
         rounds = checkpoints.rounds()
         self._checkpoints = checkpoints
         self._clients = checkpoints.clients(rounds[-1] if rounds else None)
+        self._entries = {kind: _entries(files.index, files) for kind, files in self._clients.items()}
         self._superseded: list[_Superseded] = []
         spans: dict[Path, _Superseded] = {}
         for round_num in rounds[:-1]:
@@ -177,18 +178,15 @@ class CheckpointWriter:
             )
             for kind in _KINDS
         }
+        for kind, files in after.items():
+            self._entries[kind] |= _entries(changed, files)
         with directory_written_whole(self._checkpoints.folder(round_num)) as folder:
-            server = _prefixed(_SHARED, state.server.shared) | _prefixed(_EXTRA, state.server.extra)
-            add_file(folder / "server.safetensors", to_safetensors(server))
-            facts = {"round_num": round_num, "progress": checkpoint.progress}
-            add_file(folder / "state.json", (to_json(facts, indent=2) + "\n").encode())
-            index = {kind: files.index for kind, files in after.items()}
-            add_file(folder / "clients.json", (json.dumps(index, ensure_ascii=False) + "\n").encode())
+            _fill(folder, checkpoint, self._entries)
         self._clients = after
         for kind, files in before.items():
             for client_id in changed:
                 old = files.index.get(client_id)
-                if old is not None and old != after[kind].index[client_id]:
+                if old is not None and old.round_num < round_num and client_id in tensors[kind]:
                     self._superseded.append(_Superseded(path_of(files, client_id), old.round_num, round_num - 1))
         self._drop(best_round)
         remove_partial(self._checkpoints.path)
@@ -208,6 +206,26 @@ class CheckpointWriter:
             else:
                 remove_file(old.path)
         self._superseded = needed
+
+
+def _entries(client_ids: Iterable[str], files: ClientFiles) -> dict[str, str]:
+    """The lines of some clients in clients.json. Kept from round to round, since to encode all of them takes longer."""
+    return {
+        client_id: f'{json.dumps(client_id)}: [{file.round_num}, "{file.digest}"]'
+        for client_id in client_ids
+        if (file := files.index.get(client_id)) is not None
+    }
+
+
+def _fill(folder: Path, checkpoint: Checkpoint, entries: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the files of one round's folder."""
+    server = checkpoint.state.server
+    tensors = _prefixed(_SHARED, server.shared) | _prefixed(_EXTRA, server.extra)
+    add_file(folder / "server.safetensors", to_safetensors(tensors))
+    facts = {"round_num": server.round_num, "progress": checkpoint.progress}
+    add_file(folder / "state.json", (to_json(facts, indent=2) + "\n").encode())
+    index = ",\n".join(f'"{kind}": {{\n' + ",\n".join(lines.values()) + "\n}" for kind, lines in entries.items())
+    add_file(folder / "clients.json", f"{{\n{index}\n}}\n".encode())
 
 
 def _on_disk(server: ServerState, clients: Mapping[str, ClientFiles]) -> FederationState:
