@@ -61,6 +61,23 @@ def test_what_is_read_is_not_kept_and_writing_to_it_changes_no_file(tmp_path: Pa
     assert files["a"]["b:x"].eq(1.0).all()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+def test_idle_clients_take_no_memory(tmp_path: Path) -> None:
+    """64 clients of 1 MB: had they stayed in memory after they were read, it would show."""
+    large = {"b:x": torch.ones(250_000)}
+    files = with_written(ClientFiles(tmp_path), 1, {str(number): large for number in range(64)})
+    files["0"]
+    before = _anonymous_kilobytes()
+    held = [files[client_id] for client_id in files]
+    assert sum(float(tensors["b:x"].sum()) for tensors in held) == 64 * 250_000
+    assert _anonymous_kilobytes() - before < 64 * 100
+
+
+def _anonymous_kilobytes() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
 def test_a_client_without_tensors_has_no_file(tmp_path: Path) -> None:
     files = with_written(ClientFiles(tmp_path / "personal"), 1, {"a": {}})
     check_files(files)

@@ -23,7 +23,7 @@ __all__ = ["RunDirectory"]
 _SUMMARY: dict[str, Any] = {
     f"{when}.{split}.weighted": dict for when in ("initial", "last", "best") for split in ("validation", "test")
 }
-_SUMMARY |= {"last.round_num": int, "best.round_num": int}
+_SUMMARY |= {"last.round_num": int, "best.round_num": int, "store_bytes": int}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def print_run(result: RunResult) -> None:
     console.print(table)
     print_line("best is chosen on validation; means over clients weighted by their examples", console)
     print_line(f"run directory: {result.run_dir}", console)
+    print_line(f"clients' state on disk: {result.summary['store_bytes'] / 1e6:.2f} MB", console)
     print_line(f"adapters: {result.run_dir / 'adapters'} (load with peft.PeftModel.from_pretrained)", console)
 
 
