@@ -233,7 +233,7 @@ def _earlier_rounds(resident: ResidentModel, dtype: torch.dtype) -> tuple[dict[s
     extra: dict[str, Tensor] = {}
     base = _no_base(resident)
     wide = torch.promote_types(dtype, torch.float32)
-    for number, rank in enumerate((2, 1)):
+    for number, rank in enumerate((3, 2)):
         drawn = draw(resident, f"earlier {number}", wide, rank)
         products = {
             target.path: (drawn[factor_name(Part.B, target.path)], drawn[factor_name(Part.A, target.path)])

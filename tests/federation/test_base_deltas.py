@@ -6,8 +6,8 @@ The model after some rounds is judged against a plain one whose weights were sum
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +22,8 @@ from sfedlora.federation.runners.serial import SerialRunner
 from sfedlora.federation.state import Federation, load_serving
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.inject import ResidentModel, adapt
+from sfedlora.methods import FedIT, Traits
+from sfedlora.methods.base import HeadPlacement
 from sfedlora.types import LoraSize, LoraSizes, Part, Tensors, select_parts
 from support.tiny_federation import CAUSAL_TARGETS, ROUNDS, TRAINING, run_all, tiny_federation
 from support.tiny_models import VOCAB_SIZE, tiny_llama
@@ -158,6 +160,26 @@ def test_every_round_of_flora_starts_from_a_new_a_that_all_share_and_zero_b(uneq
     assert equal(select_parts(federation.initial, [Part.A]), {name: draws[1, name] for name in names}) == (
         not unequal
     )  # of rank 4, which only client a has
+
+
+@dataclass(frozen=True)
+class Restarting:
+    """FedIT, but everybody starts every round anew."""
+
+    name: ClassVar[str] = "restarting"
+    traits: ClassVar[Traits] = Traits(exact="no", averages_a=False, restarts=True)
+    trained_parts = shared_parts = FedIT.shared_parts
+    broadcast_parts = FedIT.broadcast_parts
+    personal_parts = FedIT.personal_parts
+    server_step = FedIT.server_step
+    head: HeadPlacement = "shared"
+
+
+def test_whatever_b_a_method_that_restarts_leaves_clients_start_from_zero() -> None:
+    federation = tiny_federation(method=Restarting(), init="shared", rule="lora", rounds=FOUR)
+    ran, runner = captured(federation)
+    assert all(b.any() for b in select_parts(ran.states[1].server.shared, [Part.B]).values())
+    assert all(not b.any() for work in runner.work for b in select_parts(work.start, [Part.B]).values())
 
 
 def test_another_seed_draws_another_a_and_the_same_seed_the_same() -> None:
