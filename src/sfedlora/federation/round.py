@@ -159,7 +159,7 @@ def run_round(
         **evaluation_record(evaluated, federation.task),
         **external,
         "gain": fmean(gains),
-        "scaling": scaling_record(federation.sizes, list(federation.participants)),
+        "scaling": scaling_record(federation.sizes, [*{*cohort, *evaluated}]),
         "effective_clients": federation.effective_clients,
         **_traffic_record(federation, before, updates, cohort),
         "clients_per_batch": federation.runner.clients_per_batch,
