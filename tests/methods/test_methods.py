@@ -181,6 +181,6 @@ def test_methods_without_a_step_to_take_refuse_a_server_optimizer(name: str) -> 
 
 def test_flexlora_refuses_a_rank_that_no_svd_has() -> None:
     layout = AdapterLayout((Target("wide", 64, 32), Target("narrow", 64, 8)), {})
-    require_ranks(layout, 8, "flexlora")
+    require_ranks(layout.targets, 8, "flexlora")
     with pytest.raises(ConfigError, match=r"lora.rank: 9 is above min\(in_features, out_features\) = 8 of narrow"):
-        require_ranks(layout, 9, "flexlora")
+        require_ranks(layout.targets, 9, "flexlora")

@@ -146,6 +146,11 @@ class RunConfig(Section):
                 "that all share; use independent or shared"
             )
         self._check_ranks(method)
+        if self.local.optimizer_state == "keep" and (method.traits.restarts or method.traits.keeps_products):
+            raise ValueError(
+                f"local.optimizer_state: keep carries moments to the next round, whose factors method "
+                f"{self.method.name!r} chooses anew; use reset"
+            )
         if self.method.name == "flexlora":
             self._check_flexlora()
         if self.rounds.server_optimizer != "none" and not method.traits.server_optimizers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from sfedlora.errors import ConfigError
 
@@ -58,9 +58,19 @@ Text = Annotated[str, AfterValidator(_storable)]
 Count = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST, allow_inf_nan=False)]
+
+
+def _number_or_list(value: Any) -> Any:
+    if isinstance(value, int) or (isinstance(value, tuple | list) and value):
+        return value
+    shown = list(value) if isinstance(value, tuple) else value
+    raise ValueError(f"expected an integer or a list of integers such as [4, 8, 8], got {str(shown)[:120]!r}")
+
+
 Ranks = Annotated[
     Annotated[Count, Tag("one")] | Annotated[tuple[Count, ...], Field(min_length=1), Tag("many")],
     Discriminator(lambda value: "many" if isinstance(value, tuple | list) else "one"),
+    BeforeValidator(_number_or_list),
 ]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -26,6 +26,7 @@ from sfedlora.federation.server_optimizer import ServerOptimizer
 from sfedlora.federation.state import POOLED_ID, Federation, RoundSettings
 from sfedlora.lora.base_model import BaseModel, load_base_model
 from sfedlora.lora.inject import ResidentModel, adapt
+from sfedlora.lora.targets import find_head_modules, find_targets
 from sfedlora.methods import Method, make_method
 from sfedlora.seeds import derive_seed
 from sfedlora.setup.adapter import (
@@ -77,7 +78,8 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         InputError: data, model and configuration do not fit together; the message says where.
     """
-    torch.set_num_threads(_threads(config))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision(config.model.matmul_precision)
     method = make_method(config.method.name, config.method.head)
     examples = load_source(config, config.data.source)
@@ -96,6 +98,10 @@ def prepare(config: RunConfig) -> Prepared:
     data = encode_examples(config, examples, base, label_names)
     splits = deal_examples(config, examples, data)
     ranks = client_ranks(config, list(splits))
+    if method.traits.caps_rank:
+        head_paths = find_head_modules(base.model, base.new_modules)
+        targets = find_targets(base.model, config.lora.target_modules, head_paths=head_paths)
+        require_ranks(targets, max(ranks.values()), config.method.name)
     resident = adapt(
         base.model,
         target_modules=config.lora.target_modules,
@@ -103,8 +109,6 @@ def prepare(config: RunConfig) -> Prepared:
         dropout=config.lora.dropout,
         head_modules=base.new_modules,
     )
-    if method.traits.caps_rank:
-        require_ranks(resident.layout, resident.rank, config.method.name)
     if config.model.gradient_checkpointing:
         resident.enable_gradient_checkpointing()
     training_rows = [row for split in splits.values() for row in split.train]
@@ -117,8 +121,9 @@ def prepare(config: RunConfig) -> Prepared:
         median_length=int(np.median(data.lengths[training_rows])),
         targets=[target.path for target in resident.layout.targets],
     )
+    torch.set_num_threads(resolved.threads or torch.get_num_threads())
     initial = draw_initial_a(resolved, method, splits, resident)
-    num_scaling_clients = scaling_clients(resolved, initial, len(splits))
+    num_scaling_clients = scaling_clients(resolved, method, initial, len(splits))
     sizes = lora_sizes(resolved, ranks, num_scaling_clients)
     external = load_external(resolved)
     encoded = {split: encode_examples(resolved, rows, base, label_names) for split, rows in external.items()}
@@ -136,13 +141,6 @@ def _prepare_worker(config: RunConfig) -> tuple[Federation, Fingerprint]:
     """What a worker prepares in its own process."""
     prepared = prepare(config)
     return prepared.federation, fingerprint(prepared.config, prepared.partition, prepared.environment)
-
-
-def _threads(config: RunConfig) -> int:
-    """CPU threads of each process: those asked for, or the workers' share of torch's own choice."""
-    if config.threads is not None:
-        return config.threads
-    return max(1, torch.get_num_threads() // (1 if config.workers == "auto" else config.workers))
 
 
 def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a function above

@@ -17,7 +17,7 @@ from sfedlora.lora.inject import ResidentModel
 from sfedlora.lora.scaling import scaling_factor
 from sfedlora.methods import Method, client_weights
 from sfedlora.seeds import numpy_generator
-from sfedlora.types import AdapterLayout, LoraSize, LoraSizes, Part, select_parts
+from sfedlora.types import LoraSize, LoraSizes, Part, Target, select_parts
 
 __all__ = [
     "chosen_init",
@@ -66,19 +66,19 @@ def lora_sizes(config: RunConfig, ranks: Mapping[str, int], num_scaling_clients:
     return LoraSizes(size(max(ranks.values())), clients)
 
 
-def require_ranks(layout: AdapterLayout, rank: int, method: str) -> None:
+def require_ranks(targets: Sequence[Target], rank: int, method: str) -> None:
     """Refuse a rank that a module's delta weight cannot have.
 
     Raises:
         ConfigError: the rank is above min(in_features, out_features) of a module.
     """
-    for target in layout.targets:
-        limit = min(target.in_features, target.out_features)
-        if rank > limit:
-            raise ConfigError(
-                f"lora.rank: {rank} is above min(in_features, out_features) = {limit} of {target.path}, and method "
-                f"{method!r} cuts an SVD to the rank; use at most {limit}, or other target modules"
-            )
+    tightest = min(targets, key=lambda target: min(target.in_features, target.out_features))
+    limit = min(tightest.in_features, tightest.out_features)
+    if rank > limit:
+        raise ConfigError(
+            f"lora.rank: {rank} is above min(in_features, out_features) = {limit} of {tightest.path}, and method "
+            f"{method!r} cuts an SVD to the rank; use at most {limit}, or other target modules"
+        )
 
 
 def draw_initial_a(
@@ -104,7 +104,7 @@ def draw_initial_a(
     return initial
 
 
-def scaling_clients(config: RunConfig, initial: InitialA, num_clients: int) -> float:
+def scaling_clients(config: RunConfig, method: Method, initial: InitialA, num_clients: int) -> float:
     """The N of the sfed rule; warns where sfed over-amplifies or is rslora in disguise."""
     chosen = config.lora.num_clients
     count = initial.effective_clients if chosen == "effective" else float(num_clients if chosen == "total" else chosen)
@@ -120,7 +120,7 @@ def scaling_clients(config: RunConfig, initial: InitialA, num_clients: int) -> f
     else:
         warnings.warn(
             f"{formed}, so the effective number of clients is 1 and scaling sfed equals rslora here; "
-            "use lora.init: independent for SFed-LoRA",
+            + ("use lora.init: independent for SFed-LoRA" if method.traits.averages_a else "say rslora, which it is"),
             stacklevel=2,
         )
     return count

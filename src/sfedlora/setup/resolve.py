@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -15,7 +16,7 @@ from sfedlora.lora.base_model import BaseModel
 from sfedlora.methods import Method
 from sfedlora.types import Part
 
-__all__ = ["resolve", "resolve_device"]
+__all__ = ["resolve", "resolve_device", "resolve_workers"]
 
 MAX_EVALUATED = 100
 TOKEN_CAPS = {"cpu": 512, "cuda": 16384, "mps": 4096}
@@ -79,6 +80,7 @@ def resolve(
     if cohort_size is not None and cohort_size > num_clients:
         raise ConfigError(f"rounds.cohort_size is {cohort_size} but there are only {num_clients} clients")
     clients_per_batch = _clients_per_batch(config, base, method, device, num_clients, median_length, targets)
+    workers = resolve_workers(config.workers, device, _largest_cohort(config, method, num_clients))
     return config.with_values(
         {
             "model.dtype": base.dtype,
@@ -89,9 +91,9 @@ def resolve(
             "rounds.server_learning_rate": server_learning_rate,
             "runner": "serial" if clients_per_batch == 1 else "batched",
             "clients_per_batch": clients_per_batch,
-            "workers": _workers(config, method, device, num_clients),
+            "workers": workers,
             "device": str(device),
-            "threads": torch.get_num_threads(),
+            "threads": config.threads or max(1, torch.get_num_threads() // workers),
         }
     )
 
@@ -131,13 +133,16 @@ def _largest_cohort(config: RunConfig, method: Method, num_clients: int) -> int:
     return 1 if method.traits.pools_data else min(config.rounds.cohort_size or num_clients, num_clients)
 
 
-def _workers(config: RunConfig, method: Method, device: torch.device, num_clients: int) -> int:
-    """Worker processes: as many as asked for, or one for each of several GPUs; no more than a cohort has clients."""
-    workers, cohort_size = config.workers, _largest_cohort(config, method, num_clients)
+def resolve_workers(workers: int | Literal["auto"], device: torch.device, cohort_size: int) -> int:
+    """Worker processes: as many as asked for, or one for each of several GPUs; no more than a cohort has clients.
+
+    Raises:
+        ConfigError: several workers and one device.
+    """
     one_device = device.type == "mps" or device.index is not None
     if workers == "auto":
         workers = torch.cuda.device_count() if device.type == "cuda" and not one_device else 1
-        if workers > 1 and not ray_is_installed():
+        if min(workers, cohort_size) > 1 and not ray_is_installed():
             warnings.warn(
                 f"workers: auto would use {workers} GPUs with Ray, which is not installed, and uses one; "
                 "pip install 'sfedlora[ray]', or set workers: 1",
@@ -146,9 +151,9 @@ def _workers(config: RunConfig, method: Method, device: torch.device, num_client
             workers = 1
     if workers > 1 and one_device:
         raise ConfigError(
-            f"workers: {workers} workers need a GPU each, but device: {config.device} is one; use device: cuda, or cpu"
+            f"workers: {workers} workers need a GPU each, but device: {device} is one; use device: cuda, or cpu"
         )
-    return min(workers, cohort_size)
+    return max(1, min(workers, cohort_size))
 
 
 def _resolve_init(config: RunConfig, method: Method) -> str:
