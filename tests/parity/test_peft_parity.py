@@ -6,9 +6,8 @@ Tolerance: 1e-5 of the largest value, float32. PEFT is the oracle; nothing of ou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,22 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.lora.peft_format import load_adapter, save_adapter
 from sfedlora.types import Part, part_of, path_of
-from support.tiny_models import (
-    VOCAB_SIZE,
-    tiny_bert_classifier,
-    tiny_gpt2,
-    tiny_llama,
-    tiny_llama_classifier,
-    tiny_opt,
-    tiny_qwen2,
-    tiny_roberta_classifier,
-    tiny_t5_encoder,
-)
+from support.families import FAMILIES, Family
+from support.tiny_models import VOCAB_SIZE, tiny_t5_encoder
 
 RANK, ALPHA = 4, 6.0
 IDS = torch.randint(3, VOCAB_SIZE, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -42,30 +31,6 @@ LABELS = torch.tensor([0, 2, 1, 1])
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 
-class Family(NamedTuple):
-    build: Callable[[], PreTrainedModel]
-    head_modules: tuple[str, ...] = ()
-
-    @property
-    def task(self) -> str:
-        return "sequence-classification" if self.head_modules else "causal-lm"
-
-    @property
-    def peft_task(self) -> str | None:
-        return "SEQ_CLS" if self.head_modules else None
-
-
-FAMILIES = {
-    "llama": Family(tiny_llama),
-    "llama-classifier": Family(tiny_llama_classifier, ("score",)),
-    "qwen2": Family(tiny_qwen2),
-    "gpt2": Family(tiny_gpt2),
-    "opt": Family(tiny_opt),
-    "bert": Family(tiny_bert_classifier, ("classifier",)),
-    "bert-with-new-pooler": Family(tiny_bert_classifier, ("pooler", "classifier")),
-    "roberta": Family(tiny_roberta_classifier, ("classifier",)),
-    "t5-encoder": Family(tiny_t5_encoder),
-}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 every_choice = pytest.mark.parametrize("targets", ["default", "all-linear"])
 
