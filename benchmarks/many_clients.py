@@ -12,7 +12,8 @@ Runs are those of the command line, on generated chat pairs, 10 per client; a ro
 - interleaved: the runs take turns, round by round, in one process, so that all meet the same load of the machine; wall
   time, and processor time of all threads. The fewest clients run twice, and their ratio shows what noise is left.
 
-Bars from the fewest to the most clients: less than 200 MB more, and at most 1.1 times the interleaved seconds per round.
+Bars from the fewest to the most clients: less than 200 MB more, and at most 1.1 times the interleaved wall seconds per
+round.
 """
 
 from __future__ import annotations

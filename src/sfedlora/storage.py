@@ -100,16 +100,19 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one line and sync it.
+    """Append one line and sync it; of a new file its name too.
 
     Raises:
         StorageError: as `write_bytes`.
     """
+    is_new = not path.exists()
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            _sync_directory(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or permissions?") from None
 
