@@ -12,8 +12,12 @@ import torch
 
 from sfedlora import RunConfig
 from sfedlora.errors import ConfigError
+from sfedlora.federation.runners.batched import BatchedRunner
+from sfedlora.federation.runners.serial import SerialRunner
+from sfedlora.methods import make_method
 from sfedlora.setup import Prepared, prepare
 from sfedlora.setup.adapter import client_ranks
+from sfedlora.setup.resolve import resolve
 from sfedlora.types import Part, select_parts
 from support.command_line import TINY
 
@@ -208,3 +212,108 @@ def test_a_method_without_an_argument_for_the_head_is_prepared(monkeypatch: pyte
     assert prepared.config.method.head == "shared"
     assert RunConfig.from_mapping(prepared.config.model_dump(mode="json")) == prepared.config
     assert prepare(prepared.config).config == prepared.config
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Prepared:
+    return _prepare()
+
+
+def _stack(tiny: Prepared, length: int, *, device: str = "cpu", clients: int = 100, **keys: Any) -> tuple[str, Any]:
+    """What `runner` and `clients_per_batch` become for examples of a median length."""
+    config = tiny.config.with_values(
+        {"runner": "auto", "clients_per_batch": "auto", "partition.num_clients": clients}
+        | {key.replace("__", "."): value for key, value in keys.items()}
+    )
+    method = make_method(config.method.name, config.method.head)
+    targets = [target.path for target in tiny.federation.resident.layout.targets]
+    resolved = resolve(
+        config, tiny.base, method, torch.device(device), num_clients=clients, median_length=length, targets=targets
+    )
+    return resolved.runner, resolved.clients_per_batch
+
+
+SERIAL = ("serial", 1)
+AUTO: dict[str, tuple[int, dict[str, Any], tuple[str, Any]]] = {
+    "512 tokens in a pass": (16, {"local__batch_size": 2}, ("batched", 16)),
+    "rounded down": (17, {"local__batch_size": 2}, ("batched", 15)),
+    "larger batches": (16, {"local__batch_size": 8}, ("batched", 4)),
+    "two just fit": (64, {"local__batch_size": 4}, ("batched", 2)),
+    "two do not fit": (65, {"local__batch_size": 4}, SERIAL),
+    "no more than 64": (1, {"local__batch_size": 1}, ("batched", 64)),
+    "no more than a cohort": (16, {"local__batch_size": 2, "rounds__cohort_size": 3}, ("batched", 3)),
+    "no more than clients": (16, {"local__batch_size": 2, "clients": 5}, ("batched", 5)),
+    "a cohort of one": (16, {"local__batch_size": 2, "rounds__cohort_size": 1}, SERIAL),
+    "a GPU takes more": (64, {"local__batch_size": 8, "device": "cuda"}, ("batched", 32)),
+    "and so does MPS": (64, {"local__batch_size": 8, "device": "mps"}, ("batched", 8)),
+    "pooled data": (16, {"local__batch_size": 2, "method__name": "centralized", "method__head": "auto"}, SERIAL),
+    "serial": (16, {"local__batch_size": 2, "runner": "serial"}, SERIAL),
+    "batched where it does not pay": (500, {"local__batch_size": 8, "runner": "batched"}, ("batched", 2)),
+    "a number": (500, {"local__batch_size": 8, "clients_per_batch": 6}, ("batched", 6)),
+    "a number with its runner": (500, {"clients_per_batch": 6, "runner": "batched"}, ("batched", 6)),
+    "a number above the cohort": (16, {"clients_per_batch": 6, "rounds__cohort_size": 4}, ("batched", 4)),
+    "one": (16, {"local__batch_size": 2, "clients_per_batch": 1}, SERIAL),
+    "one, with its runner": (16, {"local__batch_size": 2, "clients_per_batch": 1, "runner": "serial"}, SERIAL),
+}
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_clients_per_batch(case: str, tiny: Prepared) -> None:
+    length, keys, expected = AUTO[case]
+    assert _stack(tiny, length, **keys) == expected
+    again = dict(zip(("runner", "clients_per_batch"), expected, strict=True))
+    assert _stack(tiny, 7 * length, **{**keys, **again}) == expected, (
+        "a recorded number stays, whatever else it was from"
+    )
+
+
+def test_the_runner_is_the_one_that_is_recorded() -> None:
+    prepared = _prepare(clients_per_batch=2)
+    assert isinstance(prepared.federation.runner, BatchedRunner)
+    assert (prepared.config.runner, prepared.federation.runner.clients_per_batch) == ("batched", 2)
+    prepared = _prepare(runner="serial")
+    assert isinstance(prepared.federation.runner, SerialRunner)
+    assert (prepared.config.clients_per_batch, prepared.federation.runner.clients_per_batch) == (1, 1)
+
+
+BEHIND = (
+    ": adapters of lm_head cannot be stacked, because labelled tokens only get there; use runner: serial, or "
+    "lora.target_modules without it"
+)
+REFUSED_STACKS: dict[str, tuple[dict[str, Any], str]] = {
+    "serial, several": (
+        {"runner": "serial", "clients_per_batch": 4},
+        "clients_per_batch: 4 clients in one forward pass need runner: batched, got runner: serial",
+    ),
+    "batched, one": (
+        {"runner": "batched", "clients_per_batch": 1},
+        "clients_per_batch: 1 is what runner: serial does; give at least 2, auto, or that runner",
+    ),
+    "none": ({"clients_per_batch": 0}, "clients_per_batch: input should be greater than or equal to 1, got 0"),
+    "too many": (
+        {"clients_per_batch": 1025},
+        "clients_per_batch: input should be less than or equal to 1024, got 1025",
+    ),
+    "another runner": ({"runner": "parallel"}, "runner: input should be 'auto', 'serial' or 'batched', got 'parallel'"),
+    "output layer, batched": (
+        {"runner": "batched", "lora__target_modules": ["q_proj", "lm_head"]},
+        f"runner: batched{BEHIND}",
+    ),
+    "output layer, several": (
+        {"clients_per_batch": 3, "lora__target_modules": ["lm_head"]},
+        f"clients_per_batch: 3{BEHIND}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_STACKS)
+def test_what_cannot_be_stacked_is_refused(case: str) -> None:
+    keys, message = REFUSED_STACKS[case]
+    with pytest.raises(ConfigError) as caught:
+        _prepare(**keys)
+    assert message in str(caught.value)
+
+
+def test_adapters_of_the_output_layer_are_trained_one_client_at_a_time() -> None:
+    config = _prepare(lora__target_modules=["q_proj", "lm_head"]).config
+    assert (config.runner, config.clients_per_batch) == SERIAL
