@@ -17,7 +17,6 @@ import signal
 import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,9 +101,7 @@ class Cluster:
     def close(self) -> None:
         """Disconnect; a cluster that was started here ends with all its processes and files."""
         if self._connected_here:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)
-                self.ray.shutdown()
+            self.ray.shutdown()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, self._sigterm)
         self._connected_here = False
@@ -173,9 +170,7 @@ def _quiet_start(*, own: bool) -> Iterator[None]:
     added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            yield
+        yield
     finally:
         for name in added:
             os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""Worker processes that Ray starts, watches and restarts, and a queue of jobs that idle workers take from.
+"""Worker processes that Ray starts and watches, and a queue of jobs that idle workers take from.
 
 Which cluster they run on is the matter of `ray_cluster`; what they do inside, of `worker`.
 """
@@ -22,10 +22,8 @@ __all__ = ["Job", "RayPool"]
 
 START_SECONDS = 900.0
 """How long a run waits when no worker works: all of them load the model, or wait for a machine of the cluster."""
-START_RETRIES = 2
-"""A worker that dies more often while it loads the model is given up."""
 MAX_DEATHS = 2
-"""A job whose worker died so often is not tried again."""
+"""A job whose worker died so often is not tried again; nor is a worker that died so often while it loaded the model."""
 
 Subject = TypeVar("Subject")
 
@@ -53,10 +51,11 @@ class _Seat:
     """
 
     number: int
-    actor: Any
+    actor: Any = None
     asked: Any = None
     job: Job[Any] | None = None
     place: Place | None = None
+    failed_starts: int = 0
     gone: bool = False
 
 
@@ -74,13 +73,14 @@ class RayPool:
             ConfigError: Ray is not installed, no cluster answers, or the cluster is too small.
         """
         self._cluster = Cluster(resources)
-        self._seats: list[_Seat] = []
-        options = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus, "max_restarts": -1}
+        self._seats = [_Seat(number) for number in range(1, resources.num_workers + 1)]
         try:
-            actor = self._cluster.ray.remote(Worker).options(scheduling_strategy="SPREAD", **options)
-            for number in range(1, resources.num_workers + 1):
-                self._seats.append(_Seat(number, actor.remote(start)))
-                self._load(self._seats[-1])
+            self._actor = self._cluster.ray.remote(Worker).options(
+                num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, scheduling_strategy="SPREAD"
+            )
+            self._start = start
+            for seat in self._seats:
+                self._fill(seat)
         except BaseException:
             self.close()
             raise
@@ -88,7 +88,8 @@ class RayPool:
     def close(self) -> None:
         """End the workers and what was started for them. What they were doing is lost."""
         for seat in self._seats:
-            self._cluster.kill(seat.actor)
+            if seat.actor is not None:
+                self._cluster.kill(seat.actor)
         self._seats = []
         self._cluster.close()
 
@@ -142,9 +143,10 @@ class RayPool:
     def _ask(self, seat: _Seat, job: Job[Any]) -> None:
         seat.job, seat.asked = job, getattr(seat.actor, job.method).remote(*job.arguments)
 
-    def _load(self, seat: _Seat) -> None:
-        """Ask a new or restarted worker to load model and data."""
-        seat.place, seat.asked = None, seat.actor.ready.options(max_task_retries=START_RETRIES).remote()
+    def _fill(self, seat: _Seat) -> None:
+        """Start a worker, and have it load model and data."""
+        seat.actor, seat.place = self._actor.remote(self._start), None
+        seat.asked = seat.actor.ready.remote()
 
     def _next_answer(self) -> _Seat:
         """Wait for the next worker that answers or dies."""
@@ -168,7 +170,7 @@ class RayPool:
         try:
             answer = self._cluster.ray.get(asked)
         except exceptions.RayActorError:
-            self._bury(seat, again="; its clients run again" if job is not None else "")
+            self._bury(seat, again=", its clients run again" if job is not None else "")
             return None
         except exceptions.RayTaskError as error:
             if seat.place is None:
@@ -180,15 +182,19 @@ class RayPool:
         return None
 
     def _bury(self, seat: _Seat, *, again: str) -> None:
-        """Ask Ray's replacement of a dead worker to load; one that died while loading is given up."""
+        """Replace a worker that died, unless its replacements die, too, while they load model and data."""
+        self._cluster.kill(seat.actor)  # it may be out of reach only
         if seat.place is None:
-            what = f"worker {seat.number} died while it loaded model and data; it is given up"
-            seat.gone = True
-            self._cluster.kill(seat.actor)
+            seat.failed_starts += 1
+            who, seat.gone = "", seat.failed_starts >= MAX_DEATHS
+            when = " while it loaded model and data"
         else:
-            what = f"worker {seat.number} (process {seat.place.pid} on {seat.place.host}) died; Ray restarts it"
-            self._load(seat)
-        warnings.warn(what + again, stacklevel=2)
+            seat.failed_starts = 0
+            who, when = f" (process {seat.place.pid} on {seat.place.host})", ""
+        then = "it is given up" if seat.gone else f"Ray starts another{again}"
+        if not seat.gone:
+            self._fill(seat)
+        warnings.warn(f"worker {seat.number}{who} died{when}; {then}", stacklevel=2)
 
 
 def _failed_start(seat: _Seat, cause: Exception) -> Exception:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
-
 from sfedlora.errors import ClientError, RunError
 from sfedlora.federation.client import ClientOutcome, ClientWork
 from sfedlora.federation.eval_work import EvalWork
 from sfedlora.federation.evaluate import EvalResult
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.runners.batched import BatchedRunner
+from sfedlora.federation.runners.costs import Costs
 from sfedlora.federation.runners.packing import pack
 from sfedlora.federation.runners.ray_cluster import WorkerResources
 from sfedlora.federation.runners.ray_pool import MAX_DEATHS, Job, RayPool
@@ -39,6 +38,7 @@ class WorkersRunner:
 
     Attributes:
         inner: the runner that each worker has, here for its order and its stacks.
+        make_federation: makes a worker's federation, in the worker's process.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class WorkersRunner:
         Args:
             inner: as above.
             resources: how many workers, and what each may use.
-            make_federation: called in each worker's process.
+            make_federation: as above.
         """
         self.inner = inner
-        self._resources, self._make_federation = resources, make_federation
+        self.make_federation, self._resources = make_federation, resources
         self._pool: RayPool | None = None
-        self._costs = _Costs(inner)
+        self._costs = Costs(inner.setup.data.lengths, inner.setup.training)
 
     def start(self) -> RayPool:
         """Start the workers unless they run; they load model and data while this process goes on."""
         if self._pool is None:
-            self._pool = RayPool(self._resources, self._make_federation)
+            self._pool = RayPool(self._resources, self.make_federation)
         return self._pool
 
     def close(self) -> None:
@@ -176,37 +176,6 @@ def running(runner: Runner) -> Iterator[None]:
         yield
     finally:
         runner.close()
-
-
-class _Costs:
-    """What a client's training is expected to take: by its tokens, once measured by the seconds it took."""
-
-    def __init__(self, inner: SerialRunner | BatchedRunner) -> None:
-        self._lengths, self._training = inner.setup.data.lengths, inner.setup.training
-        self._seconds: dict[str, float] = {}
-        self._all_seconds, self._all_tokens = 0.0, 0.0
-
-    def of(self, clients: Mapping[str, Sequence[int]]) -> dict[str, float]:
-        """Expected cost of each client, in seconds or, before anything is measured, in tokens."""
-        rate = self._all_seconds / self._all_tokens if self._all_tokens else 1.0
-        return {
-            client_id: self._seconds.get(client_id, rate * self._tokens(rows)) for client_id, rows in clients.items()
-        }
-
-    def note(self, clients: Mapping[str, Sequence[int]], seconds: float) -> None:
-        """Take up the seconds of clients that were trained together, by their shares of the tokens."""
-        tokens = {client_id: self._tokens(rows) for client_id, rows in clients.items()}
-        total = sum(tokens.values())
-        self._all_seconds += seconds
-        self._all_tokens += total
-        self._seconds |= {client_id: seconds * own / total for client_id, own in tokens.items()}
-
-    def _tokens(self, rows: Sequence[int]) -> float:
-        """Tokens of a round's training, padding aside."""
-        lengths, training = self._lengths[np.asarray(rows, dtype=np.int64)], self._training
-        if training.local_epochs is not None:
-            return float(lengths.sum()) * training.local_epochs
-        return float(lengths.mean()) * training.batch_size * training.accumulation * (training.local_steps or 1)
 
 
 class _Shared:
