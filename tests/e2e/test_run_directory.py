@@ -51,10 +51,10 @@ def test_it_holds_exactly_the_promised_files(finished: RunResult) -> None:
     kept = {path.name for path in (here / "checkpoints").iterdir()}
     best = finished.summary["best"]["round_num"]
     assert kept == {"personal", *(f"round-{number:06d}" for number in {2, 3, best})}
-    files = {path.relative_to(here / "checkpoints" / "personal") for path in here.glob("checkpoints/personal/*/*")}
-    assert {path.name for path in files} == {f"{client}.safetensors" for client in cohorts}
+    stored = {path.relative_to(here / "checkpoints" / "personal") for path in here.glob("checkpoints/personal/*/*")}
+    assert {path.name for path in stored} == {f"{client}.safetensors" for client in cohorts}
     last = {client: max(r["round_num"] for r in finished.metrics if client in r["cohort"]) for client in cohorts}
-    assert files >= {Path(f"{number:06d}/{client}.safetensors") for client, number in last.items()}
+    assert stored >= {Path(f"{number:06d}/{client}.safetensors") for client, number in last.items()}
     assert not [path for path in here.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
 
 
