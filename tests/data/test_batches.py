@@ -150,6 +150,68 @@ def test_every_example_has_its_turn() -> None:
     assert max(counts.values()) < 65
 
 
+def quantiles(lengths: np.ndarray, plan: list[list[np.ndarray]]) -> list[float]:
+    """Where the batches of a plan stand among the client's lengths, from 0 (shortest) to 1."""
+    ranks = lengths.argsort().argsort() / (len(lengths) - 1)
+    return [float(ranks[batch].mean()) for batch in flat(plan)]
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(3, None), (10, None), (25, None), (None, 1), (None, 2)])
+def test_clients_with_one_order_seed_take_like_quantiles_together(steps: int | None, epochs: int | None) -> None:
+    rng = np.random.default_rng(2)
+    few, many = rng.integers(3, 20, 130), rng.integers(30, 250, 170)
+    together, apart = [], []
+    for round_num in range(20):
+        plans = []
+        for seed, order_seed, lengths in ((1, 7, few), (2, 7, many), (3, 8, many)):
+            plan = plan_local_batches(
+                lengths,
+                range(len(lengths)),
+                batch_size=4,
+                local_steps=steps,
+                local_epochs=epochs,
+                accumulation=1,
+                seed=100 * round_num + seed,
+                order_seed=100 * round_num + order_seed,
+            )
+            plans.append(np.array(quantiles(lengths, plan)))
+        number = min(map(len, plans))
+        together.append(np.abs(plans[0][:number] - plans[1][:number]).mean())
+        apart.append(np.abs(plans[0][:number] - plans[2][:number]).mean())
+    assert np.mean(together) < 0.05
+    assert np.mean(apart) > 0.25  # two random places in [0, 1] are 1/3 apart
+
+
+@pytest.mark.parametrize(("number", "steps", "epochs"), [(100, 2, None), (37, 5, None), (30, 12, None), (23, None, 1)])
+def test_every_example_and_every_place_is_equally_likely_under_an_order_seed(
+    number: int, steps: int | None, epochs: int | None
+) -> None:
+    lengths = np.sort(np.random.default_rng(3).integers(2, 90, number))
+    counts: Counter[int] = Counter()
+    first: Counter[int] = Counter()
+    num_rounds, drawn = 600, 0
+    for round_num in range(num_rounds):
+        batches = flat(
+            plan_local_batches(
+                lengths,
+                range(number),
+                batch_size=4,
+                local_steps=steps,
+                local_epochs=epochs,
+                accumulation=1,
+                seed=round_num,
+                order_seed=5000 + round_num,
+            )
+        )
+        drawn += sum(map(len, batches))
+        counts.update(np.concatenate(batches).tolist())
+        first.update(batches[0].tolist())
+    expected = drawn / number
+    assert all(abs(counts[i] - expected) < 5 * expected**0.5 for i in range(number))
+    expected = sum(first.values()) / number
+    assert all(abs(first[i] - expected) < 5 * expected**0.5 for i in range(number))
+
+
 @pytest.mark.parametrize(
     ("steps", "epochs", "size"), [(None, None, 4), (1, 1, 4), (0, None, 4), (None, 0, 4), (1, None, 0), (-1, None, 4)]
 )

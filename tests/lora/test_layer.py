@@ -13,7 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sfedlora.errors import AdapterError, ModelError
 from sfedlora.lora.base_delta import BaseDelta
-from sfedlora.lora.layer import DropoutState, LoraLinear, SeededDropout, linear_features, seeded_dropout
+from sfedlora.lora.layer import (
+    DropoutState,
+    LoraLinear,
+    SeededDropout,
+    StackedHead,
+    linear_features,
+    seeded_dropout,
+)
 
 IN, OUT, RANK = 7, 5, 3
 
@@ -354,3 +361,61 @@ def test_quantised_linears_of_bitsandbytes_are_wrapped() -> None:
     before, delta = layer(x), draw(32, 64, seed=4).float()
     layer.set_delta(BaseDelta(delta, None))
     torch.testing.assert_close(layer(x), before + x @ delta.T, rtol=1e-5, atol=1e-4)
+
+
+# masks of clients whose batches are padded to a common shape
+
+OWN, PADDED = (2, 3), (4, 5)
+
+
+@pytest.mark.parametrize("features", [(6,), (2, 3), (5,)], ids=str)
+@pytest.mark.parametrize("form", ["rows and tokens", "flattened", "rows"])
+def test_a_padded_client_draws_the_masks_of_its_own_batch(form: str, features: tuple[int, ...]) -> None:
+    # (5,): as many features as padded tokens, so that (rows, features) looks like (rows, tokens).
+    shapes = {"rows and tokens": (*PADDED, *features), "flattened": (20, *features), "rows": (4, *features)}
+    own = {"rows and tokens": (*OWN, *features), "flattened": (6, *features), "rows": (2, *features)}[form]
+    x = torch.ones(shapes[form])
+    alone = seeded_dropout(torch.ones(own), 0.5, (7,), "m")
+    other = seeded_dropout(torch.ones(shapes[form]), 0.5, (8,), "m")
+    both = seeded_dropout(torch.cat([x, x]), 0.5, (7, 8), "m", own_shapes=(OWN, PADDED), padded_shape=PADDED)
+    first, second = both.chunk(2)
+    assert second.equal(other)
+    if form == "flattened":
+        first, alone = first.view(*PADDED, *features), alone.view(*OWN, *features)
+    inside = first[:2] if form == "rows" else first[:2, :3]
+    assert inside.equal(alone)
+    kept = torch.full_like(first, 2.0)
+    (kept[:2] if form == "rows" else kept[:2, :3]).copy_(alone)
+    assert first.equal(kept), "padding is kept"
+
+
+def test_an_empty_client_draws_nothing() -> None:
+    x = torch.ones(8, 5, 3)
+    dropped = seeded_dropout(x, 0.5, (7, 8), "m", own_shapes=((0, 0), PADDED), padded_shape=PADDED)
+    assert dropped[:4].equal(torch.full((4, 5, 3), 2.0))
+    assert dropped[4:].equal(seeded_dropout(x[4:], 0.5, (8,), "m"))
+
+
+def test_a_head_of_a_stack_sees_the_rows_of_its_clients() -> None:
+    copies = [nn.Linear(IN, 2) for _ in range(4)]
+    head = StackedHead(copies)
+    x = draw(8, IN, dtype=torch.float32)
+    assert head(x).equal(torch.cat([copy(share) for copy, share in zip(copies, x.chunk(4), strict=True)]))
+    head.activate(1, 3)
+    assert head(x).equal(torch.cat([copies[1](x[:4]), copies[2](x[4:])]))
+    head.activate(3, 4)
+    assert head(x).equal(copies[3](x))
+    head.activate(0, 3)
+    with pytest.raises(AdapterError, match="a head: a batch of 8 rows for a stack of 3"):
+        head(x)
+
+
+def test_a_head_of_a_stack_draws_its_clients_masks() -> None:
+    state = DropoutState()
+    head = StackedHead([nn.Sequential(SeededDropout(0.5, state, "m")) for _ in range(3)])
+    x = torch.ones(4, 50)
+    state.seeds = (7, 8)
+    head.activate(1, 3)
+    assert head(x).equal(seeded_dropout(x, 0.5, (7, 8), "m"))
+    head.activate(0, 2)
+    assert head(x).equal(seeded_dropout(x, 0.5, (7, 8), "m"))
