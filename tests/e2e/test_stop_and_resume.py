@@ -86,6 +86,7 @@ MOMENTS: dict[str, tuple[Callable[[Path], bool], float]] = {
     "line written, checkpoint not": (_lines(1), 0.0),
     "early in round 2": (lambda here: (here / "checkpoints" / "round-000001").exists(), 0.02),
     "late in round 2": (lambda here: (here / "checkpoints" / "round-000001").exists(), 0.12),
+    "clients written, checkpoint not": (lambda here: (here / "checkpoints" / "personal" / "000002").exists(), 0.0),
     "while a checkpoint is written": (lambda here: (here / "checkpoints" / ".round-000002.tmp").exists(), 0.0),
     "while adapters are written": (lambda here: (here / "adapters" / "shared").exists(), 0.0),
 }
