@@ -145,7 +145,6 @@ class CheckpointWriter:
         self._checkpoints = checkpoints
         self._clients = checkpoints.clients(rounds[-1] if rounds else None)
         self._entries = {kind: _entries(files.index, files) for kind, files in self._clients.items()}
-        self._superseded: list[_Superseded] = []
         spans: dict[Path, _Superseded] = {}
         for round_num in rounds[:-1]:
             for kind, files in checkpoints.clients(round_num).items():
@@ -153,7 +152,7 @@ class CheckpointWriter:
                     if self._clients[kind].index.get(client_id) != file:
                         path = path_of(files, client_id)
                         spans[path] = _Superseded(path, file.round_num, round_num)
-        self._superseded += spans.values()
+        self._superseded = list(spans.values())
 
     def save(self, checkpoint: Checkpoint, *, changed: Collection[str], best_round: int | None) -> FederationState:
         """Write the state after a round and drop what no kept round needs.
