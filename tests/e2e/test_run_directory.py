@@ -25,7 +25,7 @@ ROUND_KEYS = {
     "schema_version", "round_num", "cohort", "train_loss", "eval_loss", "eval_loss_unweighted", "perplexity",
     "perplexity_unweighted", "grad_norm_a", "grad_norm_b", "gain", "scaling", "effective_clients",
     "effective_cohort_size", "bytes_up", "bytes_down", "train_seconds", "aggregate_seconds", "eval_seconds", "tokens",
-    "padded_tokens", "excluded", "clients",
+    "padded_tokens", "excluded", "clients", "clients_per_batch",
 }  # fmt: skip
 TRAINED_KEYS = {"train_loss", "num_steps", "grad_norm_a", "grad_norm_b"}
 EVALUATED_KEYS = {"num_examples", "num_evaluated", "eval_loss", "perplexity"}

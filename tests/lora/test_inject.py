@@ -534,3 +534,19 @@ def test_changing_the_client_copies_its_adapter_once_in_and_once_out(build: Call
     sizes = [size for _, size in read.bytes_written]
     assert len(sizes) == len(Part)  # one copy of each flat buffer, whatever the number of layers
     assert sum(sizes) == adapter_bytes
+
+
+def test_a_refused_base_delta_leaves_the_former_ones_in_use() -> None:
+    resident = adapt(tiny_llama(), target_modules=("q_proj", "v_proj"), rank=2)
+    first, second = (target.path for target in resident.layout.targets[:2])
+    good = {f"delta_full:{first}": torch.ones(24, 24)}
+    ids = torch.arange(3, 9)[None]
+    plain = resident.model(ids).logits
+    resident.set_base_deltas(good)
+    corrected = resident.model(ids).logits
+    with pytest.raises(AdapterError, match="expected"):
+        resident.set_base_deltas({f"delta_full:{first}": torch.zeros(24, 24), f"delta_full:{second}": torch.ones(3, 3)})
+    assert resident.model(ids).logits.equal(corrected)
+    assert not corrected.equal(plain)
+    resident.set_base_deltas({})
+    assert resident.model(ids).logits.equal(plain)

@@ -185,8 +185,9 @@ class LoraSection(Section):
     rank: Ranks = 8
     """Rank r of every adapter, or a list of ranks (`rank_assignment`)."""
     rank_assignment: Literal["listed", "drawn"] = "listed"
-    """What a list of ranks means. listed: one rank per client, in the order of partition.json. drawn: each client draws
-    one of them by the seed, all equally likely (a rank that is listed twice is twice as likely)."""
+    """What a list of ranks means. listed: one rank per client, in the order of client ids (numbers count as numbers).
+    drawn: each client draws one of them by the seed, all equally likely (a rank that is listed twice is twice as
+    likely)."""
     alpha: PositiveFloat = 16.0
     """alpha of the scaling rule."""
     scaling: Literal["lora", "rslora", "sfed"] = "sfed"

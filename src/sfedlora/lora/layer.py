@@ -122,18 +122,27 @@ class LoraLinear(nn.Module):
         Raises:
             AdapterError: the delta does not fit the module.
         """
+        if delta is not None:
+            self.require_fitting(delta)
         self._delta, self._merged_weight = delta, None
-        if delta is None:
+        if delta is None or delta.right is not None:
             return
+        if self.weight.dtype == torch.float32 and type(self.base) in {nn.Linear, Conv1D}:
+            weight = self.weight.T if isinstance(self.base, Conv1D) else self.weight
+            self._merged_weight = weight.detach() + delta.left
+
+    def require_fitting(self, delta: BaseDelta) -> None:
+        """Refuse a base delta of another shape than the module's weight.
+
+        Raises:
+            AdapterError: the delta does not fit the module.
+        """
         in_features = delta.left.shape[1] if delta.right is None else delta.right.shape[1]
         if (delta.left.shape[0], in_features) != (self.out_features, self.in_features):
             raise AdapterError(
                 f"{self.path}: a base delta ({delta.left.shape[0]}, {in_features}); expected "
                 f"({self.out_features}, {self.in_features})"
             )
-        if delta.right is None and self.weight.dtype == torch.float32 and type(self.base) in {nn.Linear, Conv1D}:
-            weight = self.weight.T if isinstance(self.base, Conv1D) else self.weight
-            self._merged_weight = weight.detach() + delta.left
 
     def set_factors(self, a: Tensor, b: Tensor) -> None:
         """Use other tensors for A and B, not copied: another rank, another number of stacked clients.

@@ -198,7 +198,7 @@ class ResidentModel:
             tensors: delta tensors by their names in `ServerState.extra` (`base_delta`), not copied.
 
         Raises:
-            AdapterError: a delta of a module that is not adapted, or of another shape.
+            AdapterError: a delta of a module that is not adapted, or of another shape; those before stay in use.
         """
         same_names = tensors.keys() == self._base_deltas.keys()
         if same_names and all(self._base_deltas[name] is tensor for name, tensor in tensors.items()):
@@ -207,6 +207,8 @@ class ResidentModel:
         unknown = sorted(deltas.keys() - self._layers.keys())
         if unknown:
             raise AdapterError(f"{unknown[0]}: a base delta of a module that is not adapted")
+        for path, delta in deltas.items():
+            self._layers[path].require_fitting(delta)
         for path, layer in self._layers.items():
             layer.set_delta(deltas.get(path))
         self._base_deltas = dict(tensors)

@@ -46,12 +46,19 @@ def client_ranks(config: RunConfig, client_ids: Sequence[str]) -> dict[str, int]
             client_id: rank[int(numpy_generator(config.seed, "rank", client_id).integers(len(rank)))]
             for client_id in client_ids
         }
-    if len(rank) != len(client_ids):
+    ordered = sorted(client_ids, key=_by_number)
+    if len(rank) != len(ordered):
+        shown = ", ".join(ordered[:8]) + (", ..." if len(ordered) > 8 else "")
         raise ConfigError(
-            f"lora.rank: {len(rank)} ranks for {len(client_ids)} clients; give one for each, in the order "
-            f"{', '.join(list(client_ids)[:8])}{', ...' if len(client_ids) > 8 else ''}, or lora.rank_assignment: drawn"
+            f"lora.rank: {len(rank)} ranks for {len(ordered)} clients; give one for each, in the order {shown}, or "
+            "lora.rank_assignment: drawn"
         )
-    return dict(zip(client_ids, rank, strict=True))
+    return dict(zip(ordered, rank, strict=True))
+
+
+def _by_number(client_id: str) -> tuple[int, str]:
+    """Numbered clients in the order of their numbers, others by name."""
+    return (int(client_id) if client_id.isdecimal() else -1, client_id)
 
 
 def lora_sizes(config: RunConfig, ranks: Mapping[str, int], num_scaling_clients: float) -> LoraSizes:

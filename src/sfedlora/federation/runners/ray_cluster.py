@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -28,6 +29,7 @@ __all__ = ["ADDRESS_VARIABLE", "Cluster", "WorkerResources", "ray_is_installed"]
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 """Ray's own name for the cluster to use."""
+CONNECT_SECONDS = 10.0
 LONGEST_TEMPORARY = 30
 """Characters; Ray puts sockets below the temporary folder, whose paths must stay under 104."""
 QUIET = {
@@ -119,9 +121,12 @@ class Cluster:
                 f"{ADDRESS_VARIABLE}: {address} goes through a proxy; run on a machine of the cluster, with "
                 f"{ADDRESS_VARIABLE}=auto or host:port"
             )
+        host, _, port = address.rpartition(":")
         try:
+            if host and port.isdecimal():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
             self.ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError, self.ray.exceptions.RayError) as error:
+        except (OSError, RuntimeError, ValueError, self.ray.exceptions.RayError) as error:
             raise ConfigError(
                 f"{ADDRESS_VARIABLE}: no cluster can be used at {address} ({_first_line(error)}); start one with "
                 f"`ray start`, or unset {ADDRESS_VARIABLE} to use this machine"
