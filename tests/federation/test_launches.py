@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ def cost(shapes: list[tuple[int, int]], runs: list[tuple[int, int]], launch_toke
 def every_cut(number: int) -> list[list[tuple[int, int]]]:
     inner = range(1, number)
     cuts = [[0, *chosen, number] for count in range(number) for chosen in combinations(inner, count)]
-    return [list(zip(cut, cut[1:], strict=False)) for cut in cuts]
+    return [list(pairwise(cut)) for cut in cuts]
 
 
 @settings(deadline=None)
