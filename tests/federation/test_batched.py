@@ -26,6 +26,7 @@ from sfedlora.federation.client import (
 from sfedlora.federation.objective import Task
 from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.serial import SerialRunner
+from sfedlora.lora import resident
 from sfedlora.lora.inject import adapt
 from sfedlora.lora.layer import LoraLinear
 from sfedlora.seeds import derive_seed
@@ -60,11 +61,11 @@ EPOCHS = replace(ADAMW, local_steps=None, local_epochs=2)
 def scene(
     task: Task, training: LocalTraining, clients: Clients = MIXED, *, dropout: float = 0.0
 ) -> tuple[TrainingSetup, list[ClientWork]]:
-    resident = adapted(task, rank=4, dropout=dropout)
+    model = adapted(task, rank=4, dropout=dropout)
     scaling = 2.0 if task == "causal-lm" else 40.0  # the random BERT has tiny gradients
     rate = 1e-3 if training.optimizer == "adamw" else 0.3
-    works = work_for(resident, clients, learning_rate=rate, scaling=scaling)
-    return setup_of(resident, clients, training, task), works
+    works = work_for(model, clients, learning_rate=rate, scaling=scaling)
+    return setup_of(model, clients, training, task), works
 
 
 CASES: dict[str, LocalTraining] = {
@@ -102,6 +103,33 @@ def test_frozen_parts(trained: set[Part], task: Task) -> None:
     setup, works = scene(task, ADAMW)
     works = [replace(work, trained=frozenset(trained)) for work in works]
     assert_like_alone(setup, works, stacked(setup, works), 3e-6)
+
+
+def test_parts_may_be_trained_in_turns() -> None:
+    # As RoLoRA does: the views of the same stack, first with A frozen, then with B.
+    setup, works = scene("causal-lm", ADAMW, ALIKE)
+    for trained in ({Part.B}, {Part.A, Part.B}, {Part.A}, {Part.A, Part.B}):
+        turn = [replace(work, trained=frozenset(trained)) for work in works]
+        outcomes = stacked(setup, turn)
+        frozen = {Part.A, Part.B} - trained
+        assert not any(setup.resident.flat_grad(part, slot).any() for part in frozen for slot in range(4))
+        assert_like_alone(setup, turn, outcomes, 3e-6)
+
+
+def test_masks_have_the_address_of_client_round_step_and_micro_batch() -> None:
+    setup, works = scene("causal-lm", replace(EPOCHS, local_epochs=1, accumulation=2), dropout=0.1)
+    seen: set[int] = set()
+    layer = setup.resident.model.get_submodule(setup.resident.layout.targets[0].path)
+    layer.register_forward_pre_hook(lambda *_: seen.update(setup.resident.dropout.seeds or ()))
+    stacked(setup, [replace(work, round_num=3) for work in works])
+    expected = {
+        derive_seed(setup.seed, "dropout", work.client_id, 3, step, micro)
+        for work in works
+        for step, micro_batches in enumerate(examples_of(setup, replace(work, round_num=3)))
+        for micro, _ in enumerate(micro_batches)
+    }
+    assert len(expected) == 3 + 1 + 4 + 1 + 2
+    assert expected <= seen  # a pass may include a client that has no batch in it
 
 
 def examples_of(setup: TrainingSetup, work: ClientWork) -> list[list[list[Example]]]:
@@ -230,6 +258,9 @@ def test_a_stack_leaves_no_trace() -> None:
     setup, works = scene("sequence-classification", ADAMW, dropout=0.2)
     fresh = train_client(setup, works[1])
     stacked(setup, works)
+    layer = setup.resident.model.get_submodule(setup.resident.layout.targets[0].path)
+    assert isinstance(layer, LoraLinear)
+    assert layer.a.shape[0] == 5, "all are active again, whoever the last pass was for"
     stacked(setup, works[:2])
     again = train_client(setup, works[1])
     assert all(again.tensors[name].equal(fresh.tensors[name]) for name in fresh.tensors)
@@ -247,6 +278,15 @@ def test_the_bits_of_a_stack_do_not_depend_on_what_ran_before() -> None:
     for one, two in zip(first, second, strict=True):
         assert all(two.tensors[name].equal(one.tensors[name]) for name in one.tensors)
         assert one.metrics == two.metrics
+
+
+def test_views_that_are_made_anew_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, works = scene("causal-lm", EPOCHS)
+    kept = stacked(setup, works)
+    monkeypatch.setattr(resident, "MAX_KEPT_VIEWS", 1)
+    anew = stacked(setup, works)
+    for one, two in zip(kept, anew, strict=True):
+        assert all(two.tensors[name].equal(one.tensors[name]) for name in one.tensors)
 
 
 def test_work_is_not_changed_and_outcomes_are_copies() -> None:
@@ -391,10 +431,10 @@ def test_memory_that_fails_while_buffers_are_made_leaves_a_model_that_works(monk
         with pytest.raises(torch.OutOfMemoryError):
             train_clients(setup, works)
         monkeypatch.setattr(torch, "zeros", zeros)
+        assert_like_alone(setup, works, stacked(setup, works), 3e-6)
         for work, expected in zip(works, alone, strict=True):
             found = train_client(setup, work)
             assert all(found.tensors[name].equal(expected.tensors[name]) for name in expected.tensors)
-        assert_like_alone(setup, works, stacked(setup, works), 3e-6)
 
 
 def test_another_error_of_torch_is_the_error_of_the_client_that_causes_it() -> None:
@@ -541,31 +581,31 @@ class CountOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_changing_the_clients_copies_each_adapter_once_in_and_once_out() -> None:
     for task in TASKS:
         setup, works = scene(task, ADAMW, ALIKE)
-        resident, sizes = setup.resident, [work.size for work in works]
-        resident.resize(4, num_clients=4)
+        model, sizes = setup.resident, [work.size for work in works]
+        model.resize(4, num_clients=4)
         adapter_bytes = sum(tensor.numel() * 4 for tensor in works[0].start.values())
         with CountOperators() as served:
-            resident.serve_stack([work.start for work in works], sizes=sizes, base_deltas={})
+            model.serve_stack([work.start for work in works], sizes=sizes, base_deltas={})
         assert served.copied_bytes == 4 * adapter_bytes
         assert "zero_" not in served.counts
         with CountOperators() as taken:
             for slot in range(4):
-                resident.read(ALL, slot)
+                model.read(ALL, slot)
         assert taken.copied_bytes == 4 * adapter_bytes
 
 
 def operators_of_a_step(task: Task, num_kinds: int, num_clients: int) -> dict[str, int]:
     """Operators of one optimizer step: what a round of two steps has more than a round of one."""
-    model = tiny_llama() if task == "causal-lm" else tiny_bert_classifier()
+    base = tiny_llama() if task == "causal-lm" else tiny_bert_classifier()
     targets = (CAUSAL_TARGETS if task == "causal-lm" else CLASSIFIER_TARGETS)[:num_kinds]
     heads = () if task == "causal-lm" else ("classifier",)
-    resident = adapt(model, target_modules=targets, rank=4, head_modules=heads)
+    model = adapt(base, target_modules=targets, rank=4, head_modules=heads)
     clients = many(num_clients)
-    works = work_for(resident, clients)
-    resident.resize(4, num_clients=num_clients)
+    works = work_for(model, clients)
+    model.resize(4, num_clients=num_clients)
     counts = []
     for local_steps in (1, 2):
-        setup = setup_of(resident, clients, replace(TRAINING, local_steps=local_steps), task)
+        setup = setup_of(model, clients, replace(TRAINING, local_steps=local_steps), task)
         with CountOperators() as counting:
             stacked(setup, works)
         counts.append(counting.counts)
