@@ -11,7 +11,9 @@
 - methods: `aggregate` of those 20 clients for every method, three rounds in a row, each round's seconds and its peak
   of memory above what was there before (updates and state). The slowest and the largest of the three are printed.
 
-Speeds are medians over interleaved pairs in turning order; `fastest fifth` is the same ratio of the means of each
+On two threads one copy a client is the harder limit: threads meet once a client, in the mean once a factor.
+
+Speeds are medians over interleaved pairs in alternating order; `fastest fifth` is the same ratio of the means of each
 side's fastest fifth, A/A one side against itself. Ratios closer to a bar than the A/A range do not settle it. Each
 figure of memory is from a process of its own, the peak that Linux reports for it (VmHWM), reset after the inputs are
 there.
