@@ -143,7 +143,9 @@ def _shape_at(name: str, tensor: Tensor, rank: int) -> tuple[int, ...]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. A NaN or infinity always shows in the sum, which costs a fifteenth of a look at
-    each; finite values whose sum overflows are looked at each.
+    """Whether all values are finite.
+
+    A NaN or infinity always shows in the sum, which costs a fifteenth of a look at each; finite values whose sum
+    overflows are looked at each.
     """
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
