@@ -156,6 +156,8 @@ def resume_events(run_dir: Path) -> Iterator[RunEvent]:
             checkpoint = checkpoints.load(rounds[-1]) if rounds else (yield from _begin(prepared, writer))
             round_num = checkpoint.state.server.round_num
             directory.drop_metrics_after(round_num)
+            for record in directory.metrics()[-1:]:
+                prepared.federation.runner.stack_at_most(record["clients_per_batch"])
             yield from _drive(directory, prepared, writer, checkpoint, load_partial(checkpoints.path, round_num + 1))
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from sfedlora import RunConfig, run
 from sfedlora.errors import Interrupted
-from sfedlora.experiment import resume_events, run_events
+from sfedlora.experiment import RunPrepared, resume_events, run_events
 from sfedlora.federation.round import ClientTrained
+from sfedlora.lora.layer import LoraLinear
 from support.command_line import sfedlora, write_config
 from support.sentiment import write_sentiment
 
@@ -164,3 +167,55 @@ def test_finished_stacks_are_used_and_unfinished_ones_done_again(tmp_path: Path)
     list(resume_events(run_dir))
     clients = metrics(run_dir)[0]["clients"]
     assert [clients[name]["train_loss"] == 1234.5 for name in (first, second, third)] == [True, True, False]
+
+
+def with_little_memory(events: Iterator[Any], *, when_training: bool) -> Iterator[Any]:
+    """The events of a run whose model holds three clients in one pass and no more, always or in training only."""
+
+    def check(layer: nn.Module, _: object) -> None:
+        assert isinstance(layer, LoraLinear)
+        if layer.a.ndim == 3 and layer.a.shape[0] > 3 and (torch.is_grad_enabled() or not when_training):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for event in events:
+        if isinstance(event, RunPrepared):
+            resident = event.prepared.federation.resident
+            layer = resident.model.get_submodule(resident.layout.targets[0].path)
+            layer.register_forward_pre_hook(check)
+        try:
+            yield event
+        except Interrupted as stop:
+            cast("Any", events).throw(stop)
+            raise
+
+
+@pytest.mark.parametrize("when_training", [True, False])
+def test_a_run_with_little_memory_goes_on_with_fewer_clients_also_when_resumed(
+    when_training: bool, tmp_path: Path
+) -> None:
+    overrides = ["clients_per_batch=4", "runner=batched", "rounds.cohort_size=5"]
+    for name in ("whole", "stopped", "plenty"):
+        (tmp_path / name).mkdir()
+    halved = pytest.warns(UserWarning, match=r"4 clients in one batch .* \(OutOfMemoryError\); going on with 2")
+    with halved:
+        list(
+            with_little_memory(
+                run_events(RunConfig.load(chat(tmp_path / "whole"), overrides)), when_training=when_training
+            )
+        )
+    whole = tmp_path / "whole" / "run"
+    assert [record["clients_per_batch"] for record in metrics(whole)] == [2, 2, 2]
+
+    config = RunConfig.load(chat(tmp_path / "stopped"), overrides)
+    with halved:
+        stop_after(with_little_memory(run_events(config), when_training=when_training), 6)
+    stopped = tmp_path / "stopped" / "run"
+    list(
+        with_little_memory(resume_events(stopped), when_training=when_training)
+    )  # without a warning, which would be an error
+    assert_same_run(stopped, whole)
+
+    plenty = run(RunConfig.load(chat(tmp_path / "plenty"), overrides)).run_dir
+    assert [record["clients_per_batch"] for record in metrics(plenty)] == [4, 4, 4]
+    for little, much in zip(metrics(whole), metrics(plenty), strict=True):
+        assert largest_difference(much, little) < 1e-5

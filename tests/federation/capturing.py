@@ -27,6 +27,9 @@ class Capturing:
     def clients_per_batch(self) -> int:
         return self.inner.clients_per_batch
 
+    def stack_at_most(self, clients_per_batch: int) -> None:
+        self.inner.stack_at_most(clients_per_batch)
+
     def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
         return self.inner.order(cohort, done)
 

@@ -201,6 +201,7 @@ def _poisoned(values: dict[str, Any], poison: str) -> Callable[[], Federation]:
 
         class Poisoned:
             clients_per_batch = federation.runner.clients_per_batch
+            stack_at_most = federation.runner.stack_at_most
             order = federation.runner.order
 
             def run_cohort(self, cohort: Any) -> Any:

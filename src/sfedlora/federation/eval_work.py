@@ -6,11 +6,13 @@ clients are evaluated when (`round`), and the forward passes (`evaluate`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from sfedlora.federation.evaluate import EvalResult, evaluate_examples, evaluate_stack
+from sfedlora.federation.memory import is_out_of_memory
 from sfedlora.federation.state import Federation, FederationState, serves_one_model, serving_adapter
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.types import LoraSize, Tensors
@@ -47,10 +49,10 @@ def split_works(
     federation: Federation, state: FederationState, split: Split, client_ids: Sequence[str]
 ) -> Iterator[EvalWork]:
     """Clients on a split of their own data, in their order; together where they serve one model or are stacked."""
-    one_model = serves_one_model(federation)
-    together = MAX_EVALUATED_TOGETHER if one_model else federation.batching.clients_per_batch
-    for start in range(0, len(client_ids), together):
-        clients = client_ids[start : start + together]
+    one_model, left = serves_one_model(federation), client_ids
+    while left:
+        together = MAX_EVALUATED_TOGETHER if one_model else federation.runner.clients_per_batch
+        clients, left = left[:together], left[together:]
         groups = tuple(getattr(federation.splits[client_id], split) for client_id in clients)
         yield _work(federation, state, clients, clients[:1] if one_model else clients, groups)
 
@@ -65,7 +67,29 @@ def external_works(
 
 
 def evaluate_work(federation: Federation, work: EvalWork) -> list[EvalResult]:
-    """One result per client; the federation's resident model is left as it was evaluated."""
+    """One result per client; the federation's resident model is left as it was evaluated.
+
+    A stack that memory does not hold is evaluated in halves, and the runner stacks no more than half as many from then
+    on: training takes more than evaluation does.
+    """
+    reason = ""
+    try:
+        return _evaluate_together(federation, work)
+    except (RuntimeError, MemoryError) as error:
+        if len(work.adapters) == 1 or not is_out_of_memory(error):
+            raise
+        reason = type(error).__name__
+    half = (len(work.adapters) + 1) // 2
+    federation.runner.stack_at_most(half)
+    warnings.warn(
+        f"{len(work.adapters)} clients in one batch do not fit into memory ({reason}); going on with {half}",
+        stacklevel=2,
+    )
+    first, second = _halves(work, half)
+    return evaluate_work(federation, first) + evaluate_work(federation, second)
+
+
+def _evaluate_together(federation: Federation, work: EvalWork) -> list[EvalResult]:
     federation.resident.serve_stack(work.adapters, sizes=work.sizes, base_deltas=work.base_deltas)
     evaluate = evaluate_examples if len(work.adapters) == 1 else evaluate_stack
     return evaluate(
@@ -76,6 +100,20 @@ def evaluate_work(federation: Federation, work: EvalWork) -> list[EvalResult]:
         batching=federation.batching,
         pad_token_id=federation.pad_token_id,
     )
+
+
+def _halves(work: EvalWork, half: int) -> tuple[EvalWork, EvalWork]:
+    parts = [
+        replace(
+            work,
+            client_ids=work.client_ids[part],
+            adapters=work.adapters[part],
+            sizes=work.sizes[part],
+            groups=work.groups[part],
+        )
+        for part in (slice(None, half), slice(half, None))
+    ]
+    return parts[0], parts[1]
 
 
 def _work(

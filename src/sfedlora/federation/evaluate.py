@@ -21,11 +21,10 @@ __all__ = ["EvalBatching", "EvalResult", "evaluate_examples", "evaluate_stack", 
 
 @dataclass(frozen=True)
 class EvalBatching:
-    """How evaluation examples are grouped: at most so many examples, tokens (with padding) and clients a forward."""
+    """How evaluation examples are grouped: at most so many examples and tokens (padding included) in one forward."""
 
     batch_size: int
     max_tokens: int
-    clients_per_batch: int = 1
 
 
 @dataclass(frozen=True)

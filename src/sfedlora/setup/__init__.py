@@ -190,7 +190,7 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
         effective_clients=initial.effective_clients,
         task=config.model.task,
         pad_token_id=pad_token_id,
-        batching=_eval_batching(config),
+        batching=EvalBatching(config.evaluation.batch_size, config.evaluation.max_batch_tokens),
         rounds=RoundSettings(
             num_rounds=rounds.num_rounds,
             cohort_size=None if method.traits.pools_data else rounds.cohort_size,
@@ -225,11 +225,6 @@ def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
         rounds.server_beta2,
         rounds.server_tau,
     )
-
-
-def _eval_batching(config: RunConfig) -> EvalBatching:
-    stacked = config.clients_per_batch if isinstance(config.clients_per_batch, int) else 1
-    return EvalBatching(config.evaluation.batch_size, config.evaluation.max_batch_tokens, stacked)
 
 
 def _evaluated(config: RunConfig) -> Literal["all", "cohort"] | int:

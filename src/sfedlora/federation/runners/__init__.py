@@ -23,6 +23,10 @@ class Runner(Protocol):
         """Clients in a stack at present."""
         ...
 
+    def stack_at_most(self, clients_per_batch: int) -> None:
+        """Take up what an earlier process found that memory holds."""
+        ...
+
     def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
         """The clients whose work the runner wants, in its order: all but finished stacks.
 

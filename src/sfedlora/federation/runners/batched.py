@@ -12,19 +12,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork, TrainingSetup, train_clients
+from sfedlora.federation.memory import is_out_of_memory
 from sfedlora.federation.runners.serial import outcome_or_error
 
 __all__ = ["BatchedRunner"]
 
 Result = ClientOutcome | ClientError
 Client = TypeVar("Client")
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-"""What torch says, in lower case, where it raises no error of its own kind (CPU on Linux and Windows, cuBLAS)."""
 
 
 class BatchedRunner:
@@ -39,6 +36,10 @@ class BatchedRunner:
         """Take what training needs and the first C, at least 2."""
         self.setup = setup
         self.clients_per_batch = clients_per_batch
+
+    def stack_at_most(self, clients_per_batch: int) -> None:
+        """Lower C to a number that was recorded."""
+        self.clients_per_batch = min(self.clients_per_batch, clients_per_batch)
 
     def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
         """Clients with like numbers and lengths of batches together, so that they share forward passes."""
@@ -77,7 +78,7 @@ class BatchedRunner:
         try:
             results = [outcome_or_error(self.setup, works[0])] if len(works) == 1 else train_clients(self.setup, works)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 reason = type(error).__name__
         else:
             yield from results
@@ -93,8 +94,3 @@ class BatchedRunner:
             )
         yield from self._run(works[:half])
         yield from self._run(works[half:])
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    message = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in message for words in OUT_OF_MEMORY)

@@ -22,6 +22,9 @@ class SerialRunner:
         """One."""
         return 1
 
+    def stack_at_most(self, clients_per_batch: int) -> None:
+        """Nothing: one is the least."""
+
     def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
         """By client id, those that have not finished."""
         return sorted(cohort.keys() - set(done))

@@ -86,6 +86,10 @@ class WorkersRunner:
         """Clients in a stack at present, on every worker."""
         return self.inner.clients_per_batch
 
+    def stack_at_most(self, clients_per_batch: int) -> None:
+        """As the inner runner: stacks are formed here."""
+        self.inner.stack_at_most(clients_per_batch)
+
     def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
         """The stacks of the inner runner, the most expensive first; one that is not full stays last."""
         costs = self._costs.of(cohort)
