@@ -73,8 +73,9 @@ class RunConfig(Section):
     """How a cohort is executed on this machine. serial: one client after the other. batched: several clients in one
     forward pass over the shared base. auto: batched where `clients_per_batch` comes out above 1."""
     clients_per_batch: Literal["auto"] | Annotated[int, Field(ge=1, le=LARGEST_STACK)] = "auto"
-    """Clients in one forward pass of the batched runner. auto: as many as keep a forward pass under a token cap of the
-    device, by batch size and median length; 1 where stacking does not pay."""
+    """Most clients in one forward pass of the batched runner; those whose batches have other shapes may get passes of
+    their own. auto: as many as keep a forward pass under a token cap of the device, by batch size and median length; 1
+    where stacking does not pay. Halved for the rest of a run whenever memory does not hold as many."""
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_WORKERS)] = "auto"
     """Processes that train clients at the same time, each with a base model of its own and, on GPUs, a GPU of its own;
     more than one need Ray. auto: one for each visible CUDA device. Not more than a cohort has clients."""
