@@ -98,7 +98,9 @@ def test_every_client_gets_what_it_gets_alone(case: str, dropout: float, task: T
 
 
 @every_task
-@pytest.mark.parametrize("trained", [{Part.B, Part.HEAD}, {Part.A, Part.HEAD}, {Part.B}], ids=str)
+@pytest.mark.parametrize(
+    "trained", [{Part.B, Part.HEAD}, {Part.A, Part.HEAD}, {Part.B}], ids=lambda parts: "+".join(sorted(parts))
+)
 def test_frozen_parts(trained: set[Part], task: Task) -> None:
     setup, works = scene(task, ADAMW)
     works = [replace(work, trained=frozenset(trained)) for work in works]

@@ -123,7 +123,8 @@ def test_other_entries_stay_and_the_input_is_not_changed() -> None:
 def test_the_dtype_of_the_products_is_kept(dtype: torch.dtype) -> None:
     extra = advanced(*(products(rank, rank, dtype) for rank in (1, 2, 4)))
     assert {tensor.dtype for tensor in extra.values()} == {dtype}
-    assert {name.split(":")[0] for name in extra} == {"delta_left", "delta_right", "fresh_full"}
+    kinds = {name.split(":")[0] for name in extra}
+    assert kinds == {"delta_left", "delta_right", "delta2_left", "delta2_right", "fresh_full"}
     if dtype is torch.float64:
         sums = dense(*(products(rank, rank, dtype) for rank in (1, 2, 4)))
         for path, delta in total_deltas(extra).items():
@@ -298,3 +299,29 @@ def test_a_matrix_is_created_from_the_break_even_on_and_never_before(name: str, 
     assert min(step.largest, load.largest, run.largest) > 0
     assert run.largest < OUT * IN
     assert (after.extra.keys() == {"fresh_full:transformer.h.0.attn.c_attn"}) == is_matrix
+
+
+def test_a_round_copies_no_earlier_piece() -> None:
+    extra = advanced(products(1, 1), products(1, 2))
+    after = advance_deltas(extra, products(1, 3))
+    path = "wide"
+    assert after[f"delta_left:{path}"] is extra[f"delta_left:{path}"]
+    assert after[f"delta2_left:{path}"] is extra[f"fresh_left:{path}"]
+    assert after[f"delta2_right:{path}"] is extra[f"fresh_right:{path}"]
+    once_more = advance_deltas(after, {})
+    assert once_more[f"delta3_left:{path}"] is after[f"fresh_left:{path}"]
+
+
+def test_pieces_are_taken_in_the_order_of_their_rounds() -> None:
+    extra: dict[str, Tensor] = {}
+    for number in range(12):  # names sort delta10 before delta2
+        piece = (torch.full((40, 1), 1.0), torch.full((1, 40), float(number)))
+        extra = advance_deltas(extra, {"m": piece})
+    right = total_deltas(extra)["m"].right
+    assert right is not None
+    assert right[:, 0].tolist() == [float(number) for number in range(12)]
+    shuffled = {name: extra[name] for name in sorted(extra, reverse=True)}
+    assert total_deltas(shuffled)["m"].left.equal(total_deltas(extra)["m"].left)
+    again = total_deltas(shuffled)["m"].right
+    assert again is not None
+    assert again.equal(right)

@@ -5,6 +5,7 @@ The other side of a comparison with `support.stock`; nothing here judges.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,5 +50,6 @@ class Served:
 
     @property
     def delta_kinds(self) -> set[str]:
-        """Which tensors hold the base deltas: `delta_left`, `fresh_full`, ..."""
-        return {name.partition(":")[0] for name in select_deltas(self.state.server.extra)}
+        """Which tensors hold the base deltas: `delta_left`, `fresh_full`, ..., of whatever round."""
+        names = (name.partition(":")[0] for name in select_deltas(self.state.server.extra))
+        return {re.sub(r"^delta\d+", "delta", name) for name in names}

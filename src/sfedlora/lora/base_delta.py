@@ -10,8 +10,9 @@ many numbers as its weight:
 Up to that rank the factors are smaller to keep and to send, and cost less per token than the module itself; beyond it
 the matrix is, in all three. Everything is float32 (float64 for float64 factors).
 
-In `ServerState.extra` the delta is kept in two pieces, so that a client that received the broadcast before needs only
-the last one: `delta` is the sum up to the round before the last, `fresh` what the last round added. Names are
+In `ServerState.extra` the delta is kept in pieces, one per round, so that a client that received the broadcast before
+needs only the last one, and a server step copies none of the others: `fresh` is what the last round added, `delta`,
+`delta2`, `delta3` ... what the rounds before did, until a module's pieces become one matrix `delta`. Names are
 `<piece>_left:<path>` with `<piece>_right:<path>`, or `<piece>_full:<path>`.
 
 Not here: which products a method adds (`methods`), how a layer applies them (`layer`), checkpoints (`artifacts`).
@@ -19,7 +20,9 @@ Not here: which products a method adds (`methods`), how a layer applies them (`l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +39,9 @@ __all__ = [
     "total_deltas",
 ]
 
-_OLD, _FRESH = "delta", "fresh"
-_LEFT, _RIGHT, _FULL = "left", "right", "full"
+FRESH = math.inf
+"""The number of the last round's piece; those of earlier rounds are 1, 2, 3, ..."""
+_NAME = re.compile(r"(?P<piece>fresh|delta(?P<number>[2-9]|[1-9][0-9]+)?)_(?P<form>left|right|full):")
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,12 @@ def select_deltas(extra: Tensors) -> dict[str, Tensor]:
 
 def broadcast_deltas(extra: Tensors, *, is_current: bool) -> dict[str, Tensor]:
     """The delta tensors that a client needs: all of them, or the last piece if it had the broadcast before."""
-    wanted = {_FRESH} if is_current else {_OLD, _FRESH}
-    return {name: tensor for name, tensor in extra.items() if _piece_of(name) in wanted}
+    return {name: tensor for name, tensor in select_deltas(extra).items() if not is_current or _piece_of(name) == FRESH}
 
 
 def total_deltas(extra: Tensors) -> dict[str, BaseDelta]:
-    """Module path -> its whole delta, both pieces together."""
-    total = _read(extra, _OLD)
-    for path, fresh in _read(extra, _FRESH).items():
-        total[path] = _add(total[path], fresh) if path in total else _compact(fresh)
-    return total
+    """Module path -> its whole delta, all pieces together."""
+    return {path: _sum(list(pieces.values())) for path, pieces in _pieces(extra).items()}
 
 
 def advance_deltas(extra: Tensors, products: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -88,13 +88,17 @@ def advance_deltas(extra: Tensors, products: Mapping[str, tuple[Tensor, Tensor]]
         extra: before the round; not changed.
         products: module path -> left (out, R) and right (R, in); R may be 0.
     """
-    others = {name: tensor for name, tensor in extra.items() if _piece_of(name) is None}
-    for path, delta in total_deltas(extra).items():
-        others |= _names(_OLD, path, delta)
+    advanced = {name: tensor for name, tensor in extra.items() if _piece_of(name) is None}
+    for path, by_number in _pieces(extra).items():
+        pieces = list(by_number.values())
+        if _outgrow_the_matrix(pieces):
+            pieces = [_sum(pieces)]
+        for number, piece in enumerate(pieces, start=1):
+            advanced |= _names("delta" if number == 1 else f"delta{number}", path, piece)
     for path, (left, right) in products.items():
         if left.shape[1] > 0:
-            others |= _names(_FRESH, path, _compact(BaseDelta(left, right)))
-    return others
+            advanced |= _names("fresh", path, _compact(BaseDelta(left, right)))
+    return advanced
 
 
 def adapter_with_deltas(
@@ -142,11 +146,25 @@ def _factors(delta: BaseDelta) -> tuple[Tensor, Tensor]:
     return torch.eye(out_features), delta.left
 
 
-def _add(one: BaseDelta, other: BaseDelta) -> BaseDelta:
-    """The sum of two deltas, as factors if that is smaller."""
-    if one.right is None or other.right is None:
-        return BaseDelta(one.matrix() + other.matrix(), None)
-    return _compact(BaseDelta(torch.cat([one.left, other.left], dim=1), torch.cat([one.right, other.right])))
+def _sum(pieces: Sequence[BaseDelta]) -> BaseDelta:
+    """The sum of a module's pieces, as factors if that is smaller."""
+    if all(piece.right is not None for piece in pieces):
+        left = torch.cat([piece.left for piece in pieces], dim=1) if len(pieces) > 1 else pieces[0].left
+        rights = [piece.right for piece in pieces if piece.right is not None]
+        return _compact(BaseDelta(left, torch.cat(rights) if len(rights) > 1 else rights[0]))
+    total = pieces[0].matrix()
+    for piece in pieces[1:]:
+        total = total + piece.matrix()
+    return BaseDelta(total, None)
+
+
+def _outgrow_the_matrix(pieces: Sequence[BaseDelta]) -> bool:
+    """Whether one of several pieces is a matrix, or their factors together hold at least as many numbers as one."""
+    last = pieces[-1]
+    if len(pieces) == 1 or last.right is None:
+        return len(pieces) > 1
+    numbers = sum(piece.left.numel() + (0 if piece.right is None else piece.right.numel()) for piece in pieces)
+    return pieces[0].right is None or numbers >= last.left.shape[0] * last.right.shape[1]
 
 
 def _compact(delta: BaseDelta) -> BaseDelta:
@@ -156,25 +174,28 @@ def _compact(delta: BaseDelta) -> BaseDelta:
     return BaseDelta(delta.matrix(), None)
 
 
-def _piece_of(name: str) -> str | None:
-    """`delta` or `fresh` for the name of a delta tensor, None for any other."""
-    kind = name.split(":", 1)[0]
-    piece, _, form = kind.partition("_")
-    return piece if piece in (_OLD, _FRESH) and form in (_LEFT, _RIGHT, _FULL) else None
+def _piece_of(name: str) -> float | None:
+    """The number of the piece that a delta tensor belongs to, FRESH for the last one; None for any other name."""
+    matched = _NAME.match(name)
+    if matched is None:
+        return None
+    return FRESH if matched["piece"] == "fresh" else float(matched["number"] or 1)
 
 
-def _read(extra: Tensors, piece: str) -> dict[str, BaseDelta]:
-    deltas: dict[str, BaseDelta] = {}
+def _pieces(extra: Tensors) -> dict[str, dict[float, BaseDelta]]:
+    """Module path -> its pieces by number, from the first round to the last."""
+    found: dict[str, dict[float, BaseDelta]] = {}
     for name, tensor in extra.items():
-        kind, _, path = name.partition(":")
-        if kind == f"{piece}_{_FULL}":
-            deltas[path] = BaseDelta(tensor, None)
-        elif kind == f"{piece}_{_LEFT}":
-            deltas[path] = BaseDelta(tensor, extra[f"{piece}_{_RIGHT}:{path}"])
-    return deltas
+        matched, number = _NAME.match(name), _piece_of(name)
+        if matched is None or number is None or matched["form"] == "right":
+            continue
+        path = name[matched.end() :]
+        right = None if matched["form"] == "full" else extra[f"{matched['piece']}_right:{path}"]
+        found.setdefault(path, {})[number] = BaseDelta(tensor, right)
+    return {path: dict(sorted(pieces.items())) for path, pieces in found.items()}
 
 
 def _names(piece: str, path: str, delta: BaseDelta) -> dict[str, Tensor]:
     if delta.right is None:
-        return {f"{piece}_{_FULL}:{path}": delta.left}
-    return {f"{piece}_{_LEFT}:{path}": delta.left, f"{piece}_{_RIGHT}:{path}": delta.right}
+        return {f"{piece}_full:{path}": delta.left}
+    return {f"{piece}_left:{path}": delta.left, f"{piece}_right:{path}": delta.right}
