@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from sfedlora import RunConfig
 from sfedlora.errors import ConfigError
 from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.serial import SerialRunner
+from sfedlora.lora.inject import adapt
 from sfedlora.methods import make_method
 from sfedlora.setup import Prepared, prepare
 from sfedlora.setup.adapter import client_ranks
 from sfedlora.setup.resolve import resolve
 from sfedlora.types import Part, select_parts
 from support.command_line import TINY
+from support.tiny_models import tiny_deberta_classifier
 
 
 def _prepare(**keys: Any) -> Prepared:
@@ -317,3 +320,20 @@ def test_what_cannot_be_stacked_is_refused(case: str) -> None:
 def test_adapters_of_the_output_layer_are_trained_one_client_at_a_time() -> None:
     config = _prepare(lora__target_modules=["q_proj", "lm_head"]).config
     assert (config.runner, config.clients_per_batch) == SERIAL
+
+
+def test_a_model_that_projects_position_embeddings_is_trained_one_client_at_a_time(tiny: Prepared) -> None:
+    resident = adapt(tiny_deberta_classifier(), target_modules="default", rank=2, head_modules=("classifier",))
+    base = replace(tiny.base, model=resident.model)
+    paths = [target.path for target in resident.layout.targets]
+    config = tiny.config.with_values({"runner": "auto", "clients_per_batch": "auto"})
+    method = make_method("fedsa", "auto")
+
+    def resolved(config: RunConfig) -> RunConfig:
+        device = torch.device("cpu")
+        return resolve(config, base, method, device, num_clients=3, median_length=9, targets=paths)
+
+    assert (resolved(config).runner, resolved(config).clients_per_batch) == SERIAL
+    for keys in ({"runner": "batched"}, {"clients_per_batch": 2}):
+        with pytest.raises(ConfigError, match=r"query_proj cannot be stacked, because .* position embeddings.* serial"):
+            resolved(config.with_values(keys))

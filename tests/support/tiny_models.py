@@ -15,6 +15,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -36,6 +38,7 @@ __all__ = [
     "VOCAB_SIZE",
     "save_tiny_checkpoint",
     "tiny_bert_classifier",
+    "tiny_deberta_classifier",
     "tiny_gpt2",
     "tiny_llama",
     "tiny_llama_classifier",
@@ -121,6 +124,20 @@ def tiny_roberta_classifier(seed: int = 0, num_labels: int = 3) -> PreTrainedMod
     """RoBERTa with the two-layer head `classifier`."""
     config = RobertaConfig(**{**_BERT_SHAPE, "pad_token_id": 1}, num_labels=num_labels)
     return _build(RobertaForSequenceClassification, config, seed)
+
+
+def tiny_deberta_classifier(seed: int = 0, num_labels: int = 3) -> PreTrainedModel:
+    """DeBERTa-v3: its attention projects position embeddings, which have no batch dimension, by the same modules."""
+    positions = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+    config = DebertaV2Config(
+        **_BERT_SHAPE,
+        **positions,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        type_vocab_size=0,
+        num_labels=num_labels,
+    )
+    return _build(DebertaV2ForSequenceClassification, config, seed)
 
 
 def tiny_t5_encoder(seed: int = 0) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from sfedlora.errors import ConfigError
 from sfedlora.federation.label_head import behind_trunk
 from sfedlora.federation.runners.ray_cluster import ray_is_installed
 from sfedlora.lora.base_model import BaseModel
+from sfedlora.lora.stackable import unstackable_targets
 from sfedlora.methods import Method
 from sfedlora.types import Part
 
@@ -111,22 +112,32 @@ def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
     cohort_size, asked = _largest_cohort(config, method, num_clients), config.clients_per_batch
     if config.runner == "serial" or asked == 1 or cohort_size == 1:
         return 1
-    unstackable = behind_trunk(base.model, targets) if config.model.task == "causal-lm" else []
-    if unstackable and config.runner == "auto" and asked == "auto":
-        return 1
-    if unstackable:
-        given = "runner: batched" if config.runner == "batched" else f"clients_per_batch: {asked}"
-        raise ConfigError(
-            f"{given}: adapters of {unstackable[0]} cannot be stacked, because labelled tokens only get there; use "
-            "runner: serial, or lora.target_modules without it"
-        )
-    if asked != "auto":
-        return min(asked, cohort_size)
     own_tokens = max(1, config.local.batch_size * median_length)
     fitting = min(cohort_size, MAX_STACK, TOKEN_CAPS[device.type] // own_tokens)
-    if config.runner == "batched":
-        return max(2, fitting)
-    return fitting if fitting >= MIN_STACK else 1
+    chosen = min(asked, cohort_size) if asked != "auto" else fitting
+    if config.runner == "auto" and chosen < MIN_STACK:
+        return 1
+    refusal = _why_not_stackable(config, base, targets)
+    if not refusal:
+        return max(MIN_STACK, chosen)
+    if config.runner == "auto" and asked == "auto":
+        return 1
+    given = "runner: batched" if config.runner == "batched" else f"clients_per_batch: {asked}"
+    raise ConfigError(f"{given}: {refusal}; use runner: serial, or lora.target_modules without it")
+
+
+def _why_not_stackable(config: RunConfig, base: BaseModel, targets: Sequence[str]) -> str:
+    """What is against several clients' adapters in one forward pass; empty if nothing is."""
+    behind = behind_trunk(base.model, targets) if config.model.task == "causal-lm" else []
+    if behind:
+        return f"adapters of {behind[0]} cannot be stacked, because labelled tokens only get there"
+    stray = unstackable_targets(base.model, targets)
+    if stray:
+        return (
+            f"adapters of {stray[0]} cannot be stacked, because this model applies it to something else than a whole "
+            "batch as well (position embeddings, tokens of a router)"
+        )
+    return ""
 
 
 def _largest_cohort(config: RunConfig, method: Method, num_clients: int) -> int:
