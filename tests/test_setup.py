@@ -335,5 +335,5 @@ def test_a_model_that_projects_position_embeddings_is_trained_one_client_at_a_ti
 
     assert (resolved(config).runner, resolved(config).clients_per_batch) == SERIAL
     for keys in ({"runner": "batched"}, {"clients_per_batch": 2}):
-        with pytest.raises(ConfigError, match=r"query_proj cannot be stacked, because .* position embeddings.* serial"):
+        with pytest.raises(ConfigError, match=r"query_proj cannot be stacked, because .*position embeddings.* serial"):
             resolved(config.with_values(keys))
