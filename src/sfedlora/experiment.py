@@ -157,7 +157,9 @@ def resume_events(run_dir: Path) -> Iterator[RunEvent]:
             round_num = checkpoint.state.server.round_num
             directory.drop_metrics_after(round_num)
             for record in directory.metrics()[-1:]:
-                prepared.federation.runner.stack_at_most(record["clients_per_batch"])
+                recorded = record.get("clients_per_batch")  # absent in runs of earlier versions
+                if isinstance(recorded, int):
+                    prepared.federation.runner.stack_at_most(recorded)
             yield from _drive(directory, prepared, writer, checkpoint, load_partial(checkpoints.path, round_num + 1))
 
 
