@@ -6,7 +6,9 @@ import copy
 import json
 import os
 import pickle
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,15 +24,16 @@ from sfedlora import RunConfig, RunResult, run
 from sfedlora.errors import ClientError, ConfigError, Interrupted, RunError
 from sfedlora.experiment import RunEvent, RunPrepared, resume, run_events
 from sfedlora.federation.client import ClientOutcome, ClientWork
+from sfedlora.federation.eval_work import evaluate_work, split_works
 from sfedlora.federation.round import ClientTrained, RoundStarted
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.costs import Costs
 from sfedlora.federation.runners.packing import pack
-from sfedlora.federation.runners.ray_cluster import WorkerResources
+from sfedlora.federation.runners.ray_cluster import Cluster, WorkerResources
 from sfedlora.federation.runners.serial import SerialRunner
-from sfedlora.federation.runners.worker import Worker, receive, send
-from sfedlora.federation.runners.workers import WorkersRunner
+from sfedlora.federation.runners.worker import Worker, receive, send, send_evaluation
+from sfedlora.federation.runners.workers import WorkersRunner, running
 from sfedlora.federation.state import Federation, initial_state, starting_adapter
 from sfedlora.setup import prepare
 from sfedlora.setup.resolve import resolve_workers
@@ -268,18 +271,53 @@ def _works(federation: Federation, client_ids: list[str]) -> list[ClientWork]:
 
 @linux
 @pytest.mark.slow
-def test_without_any_worker_the_run_fails_with_one_message() -> None:
+def test_workers_that_cannot_start_end_the_run_with_one_message(tmp_path: Path) -> None:
+    """On a connection to Ray that was there before and outlives the runs."""
     federation = tiny_federation()
     assert isinstance(federation.runner, SerialRunner)
-    runner = WorkersRunner(federation.runner, WorkerResources(1, 1, 0), partial(os._exit, 1))
+    one = WorkerResources(1, 1, 0)
+    cluster = Cluster(one)
     try:
+        dies = WorkersRunner(federation.runner, one, partial(os._exit, 1))
         with (
             pytest.warns(UserWarning, match=r"worker 1 died while it loaded model and data; (Ray|it is)"),
             pytest.raises(RunError, match="all 1 workers died while they loaded model and data, so none is left"),
+            running(dies),
         ):
-            _run(federation, runner)
+            _run(federation, dies)
+        refuses = WorkersRunner(federation.runner, one, partial(RunConfig.load, tmp_path / "none.yaml"))  # type: ignore[arg-type]
+        with (
+            pytest.raises(ConfigError, match=r"worker 1 cannot run this federation: .*none.yaml: no such"),
+            running(refuses),
+        ):
+            _run(federation, refuses)
+        breaks = WorkersRunner(federation.runner, one, partial(int, "x"))  # type: ignore[arg-type]
+        with pytest.raises(RunError, match="worker 1 could not load model and data: ValueError"), running(breaks):
+            _run(federation, breaks)
+        many = WorkersRunner(federation.runner, WorkerResources(2, 1, 0), tiny_federation)
+        with (
+            pytest.raises(ConfigError, match="2 workers with 1 CPUs each need 2, but the Ray cluster has 1"),
+            running(many),
+        ):
+            pass
+        assert cluster.ray.is_initialized()
     finally:
-        runner.close()
+        cluster.close()
+    assert not cluster.ray.is_initialized()
+
+
+def test_an_address_without_a_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for address, reason in (
+        (f"127.0.0.1:{port}", "ConnectionRefusedError"),
+        ("ray://127.0.0.1:10001", "goes through a proxy"),
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS: .*{re.escape(address)}.*{reason}"):
+            Cluster(RESOURCES)
+    assert not {"RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & os.environ.keys()
 
 
 @pytest.fixture
@@ -304,7 +342,7 @@ def test_a_worker_gives_what_the_runner_gives() -> None:
     assert worker.ready().pid == os.getpid()
     sent = pickle.loads(pickle.dumps((tuple(map(send, works)), pack({}))))  # noqa: S301 - made here
     reply = pickle.loads(pickle.dumps(worker.train(*sent)))  # noqa: S301
-    assert (reply.clients_per_batch, reply.warnings) == (None, ())
+    assert (reply.clients_per_batch, reply.warnings) == (1, ())
     assert reply.seconds > 0
     back, failed = map(receive, reply.results)
     assert isinstance(back, ClientOutcome)
@@ -315,6 +353,9 @@ def test_a_worker_gives_what_the_runner_gives() -> None:
     assert list(back.tensors) == list(outcome.tensors)
     for name, tensor in outcome.tensors.items():
         assert torch.equal(back.tensors[name], tensor), name
+    [work] = split_works(federation, initial_state(federation), "test", ["b"])
+    evaluation = pickle.loads(pickle.dumps((send_evaluation(work), pack({}))))  # noqa: S301
+    assert worker.evaluate(*evaluation).results == evaluate_work(federation, work)
 
 
 def test_stacks_are_those_of_one_process_and_the_expensive_ones_come_first() -> None:

@@ -107,8 +107,9 @@ def _describe(event: RoundFinished) -> str:
 def _describe_start(event: RunPrepared) -> list[str]:
     prepared = event.prepared
     config, federation = prepared.config, prepared.federation
+    workers = "" if config.workers == 1 else f" in each of {config.workers} workers"
     lines = [
-        f"{config.model.source}: {prepared.base.dtype}, {config.device}, {config.threads} threads",
+        f"{config.model.source}: {prepared.base.dtype}, {config.device}, {config.threads} threads{workers}",
         (
             f"{len(federation.splits)} clients, method {config.method.name}, {_describe_sizes(federation.sizes)}, "
             f"scaling {config.lora.scaling}, init {config.lora.init}, "

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 from sfedlora.errors import ConfigError, InputError, RunError
 from sfedlora.federation.runners.packing import Packed
 from sfedlora.federation.runners.ray_cluster import Cluster, WorkerResources
-from sfedlora.federation.runners.worker import Place, Worker
+from sfedlora.federation.runners.worker import Place, Reply, Worker
 from sfedlora.federation.state import Federation
 
 __all__ = ["Job", "RayPool"]
@@ -102,7 +102,7 @@ class RayPool:
         """Tensors that travel to each machine once, however many jobs name them."""
         return self._cluster.ray.put(tensors)
 
-    def deal(self, jobs: Iterable[Job[Subject]]) -> Iterator[tuple[Job[Subject], Any]]:
+    def deal(self, jobs: Iterable[Job[Subject]]) -> Iterator[tuple[Job[Subject], Reply[Any] | None]]:
         """Give each idle worker the next job until all are done. One whose worker dies goes to the next idle worker.
 
         Yields:
@@ -162,7 +162,7 @@ class RayPool:
             raise RunError(f"no worker became ready within {START_SECONDS:g} s; is the cluster busy with other work?")
         return asked[done[0]]
 
-    def _answer(self, seat: _Seat) -> Any:
+    def _answer(self, seat: _Seat) -> Reply[Any] | None:
         """Take a worker's answer; None where it has become ready, or died."""
         exceptions = self._cluster.ray.exceptions
         asked, seat.asked = seat.asked, None
@@ -176,7 +176,7 @@ class RayPool:
             if seat.place is None:
                 raise _failed_start(seat, error.cause) from None
             raise
-        if not isinstance(answer, Place):
+        if isinstance(answer, Reply):
             return answer
         seat.place = answer
         return None

@@ -13,20 +13,21 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-
-from torch import Tensor
+from typing import Generic, TypeVar
 
 from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork
 from sfedlora.federation.eval_work import EvalWork, evaluate_work
 from sfedlora.federation.evaluate import EvalResult
-from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.packing import Packed, pack, unpack
 from sfedlora.federation.state import Federation
+from sfedlora.types import Tensors
 
 __all__ = ["Place", "Reply", "Worker", "receive", "send", "send_evaluation"]
 
+Results = TypeVar("Results")
 _PACKAGE = Path(__file__).parents[2]
 
 
@@ -75,19 +76,19 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What came of one stack.
+class Reply(Generic[Results]):
+    """What came of one job.
 
     Attributes:
-        results: one per client, in the order of the work.
-        seconds: how long training took.
-        clients_per_batch: what the worker's memory holds at a time, where its runner stacks clients.
+        results: one per client, in the order of the job.
+        seconds: how long it took.
+        clients_per_batch: what the worker's memory holds at a time by now.
         warnings: what the library warned of.
     """
 
-    results: tuple[SentOutcome | SentError, ...]
+    results: Results
     seconds: float
-    clients_per_batch: int | None
+    clients_per_batch: int
     warnings: tuple[str, ...]
 
 
@@ -114,27 +115,31 @@ class Worker:
         self._ready()
         return Place(socket.gethostname(), os.getpid())
 
-    def train(self, works: Sequence[SentWork], base_deltas: Packed) -> Reply:
+    def train(self, works: Sequence[SentWork], base_deltas: Packed) -> Reply[tuple[SentOutcome | SentError, ...]]:
         """Train a stack of clients, as the run's runner does in one process."""
         runner = self._ready().runner
-        deltas = unpack(base_deltas)
+        received = _unpack_works(works, unpack(base_deltas))
+
+        def train() -> tuple[SentOutcome | SentError, ...]:
+            by_client = {result.client_id: result for result in runner.run_cohort(received)}
+            return tuple(_pack_result(by_client[work.client_id]) for work in received)
+
+        return self._reply(train)
+
+    def evaluate(self, sent: SentEvalWork, base_deltas: Packed) -> Reply[list[EvalResult]]:
+        """Evaluate clients, as one process does."""
+        federation = self._ready()
+        work = replace(sent.work, adapters=tuple(map(unpack, sent.adapters)), base_deltas=unpack(base_deltas))
+        return self._reply(partial(evaluate_work, federation, work))
+
+    def _reply(self, compute: Callable[[], Results]) -> Reply[Results]:
         clock = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            results = list(runner.run_cohort([_unpack_work(sent, deltas) for sent in works]))
+            results = compute()
         seconds = time.perf_counter() - clock
-        by_client = {result.client_id: result for result in results}
-        return Reply(
-            tuple(_pack_result(by_client[sent.work.client_id]) for sent in works),
-            seconds,
-            runner.clients_per_batch if isinstance(runner, BatchedRunner) else None,
-            tuple(str(one.message) for one in caught if _is_ours(one)),
-        )
-
-    def evaluate(self, sent: SentEvalWork, base_deltas: Packed) -> list[EvalResult]:
-        """Evaluate clients, as one process does."""
-        work = replace(sent.work, adapters=tuple(map(unpack, sent.adapters)), base_deltas=unpack(base_deltas))
-        return evaluate_work(self._ready(), work)
+        texts = tuple(str(one.message) for one in caught if _is_ours(one))
+        return Reply(results, seconds, self._ready().runner.clients_per_batch, texts)
 
     def _ready(self) -> Federation:
         if self._federation is None:
@@ -160,10 +165,13 @@ def receive(result: SentOutcome | SentError) -> ClientOutcome | ClientError:
     return replace(result.outcome, tensors=unpack(result.tensors), optimizer_state=unpack(result.optimizer_state))
 
 
-def _unpack_work(sent: SentWork, base_deltas: dict[str, Tensor]) -> ClientWork:
-    return replace(
-        sent.work, start=unpack(sent.start), optimizer_state=unpack(sent.optimizer_state), base_deltas=base_deltas
-    )
+def _unpack_works(works: Sequence[SentWork], base_deltas: Tensors) -> list[ClientWork]:
+    return [
+        replace(
+            sent.work, start=unpack(sent.start), optimizer_state=unpack(sent.optimizer_state), base_deltas=base_deltas
+        )
+        for sent in works
+    ]
 
 
 def _pack_result(result: ClientOutcome | ClientError) -> SentOutcome | SentError:

@@ -117,7 +117,8 @@ class WorkersRunner:
             lost: list[Stack] = []
             for job, reply in pool.deal(map(job_of, stacks)):
                 if reply is not None:
-                    self._learn(job.subject, reply)
+                    self._learn(reply)
+                    self._costs.note({work.client_id: work.indices for work in job.subject}, reply.seconds)
                     yield from map(receive, reply.results)
                 elif len(job.subject) == 1:
                     yield _excluded(job.subject[0])
@@ -142,14 +143,15 @@ class WorkersRunner:
         )
         waiting: dict[int, tuple[EvalWork, list[EvalResult]]] = {}
         next_index = 0
-        for job, results in pool.deal(jobs):
+        for job, reply in pool.deal(jobs):
             index, work = job.subject
-            if results is None:
+            if reply is None:
                 raise RunError(
                     f"{MAX_DEATHS} workers died while they evaluated {', '.join(work.client_ids)} (out of memory?); "
                     "lower evaluation.batch_size or evaluation.max_batch_tokens"
                 )
-            waiting[index] = work, results
+            self._learn(reply)
+            waiting[index] = work, reply.results
             while next_index in waiting:
                 yield waiting.pop(next_index)
                 next_index += 1
@@ -160,11 +162,9 @@ class WorkersRunner:
             return self.inner.stacks(clients)
         return ([client] for client in clients)
 
-    def _learn(self, stack: Stack, reply: Reply) -> None:
-        """Take up what a worker measured, and how many clients its memory holds."""
-        self._costs.note({work.client_id: work.indices for work in stack}, reply.seconds)
-        if isinstance(self.inner, BatchedRunner) and reply.clients_per_batch is not None:
-            self.inner.clients_per_batch = min(self.inner.clients_per_batch, reply.clients_per_batch)
+    def _learn(self, reply: Reply[Any]) -> None:
+        """Take up how many clients a worker's memory holds, and what it warned of."""
+        self.stack_at_most(reply.clients_per_batch)
         for text in reply.warnings:
             warnings.warn(text, stacklevel=2)
 
