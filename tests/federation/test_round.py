@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from federation.capturing import Capturing
 from federation.peft_oracle import Example, PlainLoop, batch_nll, wrap
 from sfedlora.data.batches import plan_local_batches
 from sfedlora.errors import ClientError, RunError
@@ -107,33 +108,6 @@ class FailingRunner:
                     yield outcome
 
 
-@dataclass
-class CapturingRunner:
-    """Keeps every piece of work and every outcome that passes."""
-
-    inner: Runner
-    work: list[ClientWork] = field(default_factory=list)
-    outcomes: list[ClientOutcome] = field(default_factory=list)
-
-    @property
-    def clients_per_batch(self) -> int:
-        return self.inner.clients_per_batch
-
-    def stack_at_most(self, clients_per_batch: int) -> None:
-        self.inner.stack_at_most(clients_per_batch)
-
-    def order(self, cohort: Mapping[str, Sequence[int]], done: Collection[str] = ()) -> list[str]:
-        return self.inner.order(cohort, done)
-
-    def run_cohort(self, cohort: Iterable[ClientWork]) -> Iterator[ClientOutcome | ClientError]:
-        for work in cohort:
-            self.work.append(work)
-            for outcome in self.inner.run_cohort([work]):
-                if isinstance(outcome, ClientOutcome):
-                    self.outcomes.append(outcome)
-                yield outcome
-
-
 def equal(left: Tensors, right: Tensors) -> bool:
     return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
@@ -200,7 +174,7 @@ def test_going_on_from_a_state_gives_the_bits_of_an_uninterrupted_run(stop: int)
 
 def test_clients_that_had_finished_are_not_trained_again() -> None:
     federation = tiny_federation()
-    capturing = CapturingRunner(federation.runner)
+    capturing = Capturing(federation.runner)
     whole = run_all(replace(federation, runner=capturing))
     finished = {outcome.client_id: outcome for outcome in capturing.outcomes[:2]}
     assert set(finished) == {"a", "b"}
@@ -286,7 +260,7 @@ def test_b_equals_a_plain_peft_loop_against_the_recorded_broadcasts() -> None:
 
 def test_a_is_the_weighted_mean_of_what_the_cohort_trained() -> None:
     federation = tiny_federation()
-    capturing = CapturingRunner(federation.runner)
+    capturing = Capturing(federation.runner)
     ran = run_all(replace(federation, runner=capturing))
     sent = capturing.outcomes[4:]
     for name, tensor in ran.states[2].server.shared.items():
@@ -303,7 +277,7 @@ def test_a_is_the_weighted_mean_of_what_the_cohort_trained() -> None:
 @pytest.mark.parametrize("init", ["independent", "local"])
 def test_with_init_local_round_1_alone_starts_from_own_draws(init: Any) -> None:
     federation = tiny_federation(init=init, rounds=replace(ROUNDS, cohort_size=3, num_rounds=3))
-    capturing = CapturingRunner(federation.runner)
+    capturing = Capturing(federation.runner)
     run_all(replace(federation, runner=capturing))
     starts = {(work.round_num, work.client_id): select_parts(work.start, [Part.A]) for work in capturing.work}
     for round_num in (1, 2, 3):
@@ -455,7 +429,7 @@ def test_a_shared_head_travels_and_a_personal_one_does_not() -> None:
 
 def test_the_numbers_of_a_line_by_hand() -> None:
     federation = tiny_federation(rounds=replace(ROUNDS, cohort_size=3, num_rounds=3))
-    capturing = CapturingRunner(federation.runner)
+    capturing = Capturing(federation.runner)
     ran = run_all(replace(federation, runner=capturing))
     for number, record in enumerate(ran.records, start=1):
         cohort = sample_cohort(CLIENTS, 3, seed=0, round_num=number)
