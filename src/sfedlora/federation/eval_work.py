@@ -6,13 +6,12 @@ clients are evaluated when (`round`), and the forward passes (`evaluate`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from sfedlora.federation.evaluate import EvalResult, evaluate_examples, evaluate_stack
-from sfedlora.federation.memory import is_out_of_memory
+from sfedlora.federation.memory import is_out_of_memory, warn_of_halving
 from sfedlora.federation.state import Federation, FederationState, serves_one_model, serving_adapter
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.types import LoraSize, Tensors
@@ -81,10 +80,7 @@ def evaluate_work(federation: Federation, work: EvalWork) -> list[EvalResult]:
         reason = type(error).__name__
     half = (len(work.adapters) + 1) // 2
     federation.runner.stack_at_most(half)
-    warnings.warn(
-        f"{len(work.adapters)} clients in one batch do not fit into memory ({reason}); going on with {half}",
-        stacklevel=2,
-    )
+    warn_of_halving(len(work.adapters), half, reason)
     first, second = _halves(work, half)
     return evaluate_work(federation, first) + evaluate_work(federation, second)
 

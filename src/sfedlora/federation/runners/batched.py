@@ -7,7 +7,6 @@ Which clients share a stack therefore depends on the cohort alone (`stacks`), ne
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork, TrainingSetup, train_clients
-from sfedlora.federation.memory import is_out_of_memory
+from sfedlora.federation.memory import is_out_of_memory, warn_of_halving
 from sfedlora.federation.runners.serial import outcome_or_error
 
 __all__ = ["BatchedRunner"]
@@ -88,9 +87,6 @@ class BatchedRunner:
         half = (len(works) + 1) // 2
         if reason:
             self.clients_per_batch = half
-            warnings.warn(
-                f"{len(works)} clients in one batch do not fit into memory ({reason}); going on with {half}",
-                stacklevel=2,
-            )
+            warn_of_halving(len(works), half, reason)
         yield from self._run(works[:half])
         yield from self._run(works[half:])
