@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sfedlora.errors import ClientError, RunError, UpdateError
+from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork
 from sfedlora.federation.eval_work import EvalWork, Split, evaluate_work, external_works, split_works
 from sfedlora.federation.evaluate import EvalResult, mean_results
@@ -22,16 +22,17 @@ from sfedlora.federation.record import client_records, evaluation_record, scalin
 from sfedlora.federation.runners.workers import WorkersRunner
 from sfedlora.federation.sampling import sample_cohort, sample_evaluated
 from sfedlora.federation.schedule import learning_rate_at
-from sfedlora.federation.server_optimizer import apply_server_optimizer
+from sfedlora.federation.server_step import accept_updates, server_step
 from sfedlora.federation.state import (
     Federation,
     FederationState,
+    server_rules,
     starting_adapter,
     with_clients,
 )
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.scaling import effective_clients
-from sfedlora.methods import aggregate, broadcast_tensors, check_update, client_weights
+from sfedlora.methods import broadcast_tensors, client_weights
 from sfedlora.types import Part, ServerState, Tensors, Update, part_of, select_parts
 
 __all__ = [
@@ -242,30 +243,21 @@ def _server_step(
     federation: Federation, state: FederationState, outcomes: dict[str, ClientOutcome], excluded: dict[str, str]
 ) -> tuple[FederationState, list[Update]]:
     """Aggregate what arrived; a refused update is excluded with its reason and changes nothing at its client."""
-    method, round_num = federation.method, state.server.round_num + 1
-    shared = method.shared_parts(round_num)
-    updates: list[Update] = []
-    for client_id in sorted(outcomes):
-        outcome = outcomes[client_id]
-        update = Update(client_id, round_num, outcome.num_examples, select_parts(outcome.tensors, shared))
-        try:
-            check_update(method, state.server, update, federation.sizes)
-        except UpdateError as error:
-            excluded[client_id] = error.reason
-            del outcomes[client_id]
-        else:
-            updates.append(update)
-    if not updates:
-        reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
-        raise RunError(f"round {round_num}: every client of the cohort failed ({reasons})")
-    weighting = federation.rounds.weighting
-    server = aggregate(method, state.server, updates, weighting=weighting, sizes=federation.sizes)
-    if federation.rounds.server_optimizer is not None:
-        server = apply_server_optimizer(federation.rounds.server_optimizer, state.server, server, shared)
-    return _with_outcomes(federation, replace(state, server=server), outcomes), updates
+    round_num, rules = state.server.round_num + 1, server_rules(federation)
+    shared = rules.method.shared_parts(round_num)
+    replies = (
+        Update(client_id, round_num, outcome.num_examples, select_parts(outcome.tensors, shared))
+        for client_id, outcome in sorted(outcomes.items())
+    )
+    updates, refused = accept_updates(rules, state.server, replies)
+    excluded |= refused
+    for client_id in refused:
+        del outcomes[client_id]
+    server = server_step(rules, state.server, updates, excluded)
+    return with_outcomes(federation, replace(state, server=server), outcomes), updates
 
 
-def _with_outcomes(
+def with_outcomes(
     federation: Federation, state: FederationState, outcomes: Mapping[str, ClientOutcome]
 ) -> FederationState:
     """Every client of the round keeps its personal factors, and its moments where they are kept."""

@@ -17,6 +17,7 @@ from sfedlora.federation.objective import Task
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.schedule import Schedule
 from sfedlora.federation.server_optimizer import ServerOptimizer
+from sfedlora.federation.server_step import ServerRules
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.methods import Method, client_factors
@@ -29,6 +30,7 @@ __all__ = [
     "RoundSettings",
     "initial_state",
     "load_serving",
+    "server_rules",
     "serves_one_model",
     "serving_adapter",
     "starting_adapter",
@@ -136,6 +138,12 @@ def with_clients(clients: Mapping[str, Tensors], changed: Mapping[str, Tensors])
     if isinstance(clients, _Overlay):
         return _Overlay({**clients.in_memory, **changed}, clients.below)
     return _Overlay(changed, clients)
+
+
+def server_rules(federation: Federation) -> ServerRules:
+    """What the server of a federation does with updates."""
+    rounds = federation.rounds
+    return ServerRules(federation.method, federation.sizes, rounds.weighting, rounds.server_optimizer)
 
 
 def initial_state(federation: Federation) -> FederationState:
