@@ -115,10 +115,12 @@ class LoraSizes:
     Attributes:
         server: that of the shared factors; its rank is the largest of all.
         clients: client id -> its own size; empty where all clients have the server's.
+        draw_rank: rank of random draws, of which a client takes its first rows; None: the server's.
     """
 
     server: LoraSize
     clients: Mapping[str, LoraSize] = field(default_factory=dict)
+    draw_rank: int | None = None
 
     def of(self, client_id: str) -> LoraSize:
         """The size of one client's adapter."""

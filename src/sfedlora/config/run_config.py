@@ -19,6 +19,7 @@ from sfedlora.config.sections import (
     Count,
     DataSection,
     EvaluationSection,
+    FlowerSection,
     LocalSection,
     LoraSection,
     MethodSection,
@@ -67,6 +68,7 @@ class RunConfig(Section):
     local: LocalSection = LocalSection()
     evaluation: EvaluationSection = EvaluationSection()
     privacy: PrivacySection = PrivacySection()
+    flower: FlowerSection = FlowerSection()
     robust: Literal["none"] = "none"
     """Robust aggregation: none in this version."""
     runner: Literal["auto", "serial", "batched"] = "auto"

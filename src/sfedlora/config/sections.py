@@ -16,6 +16,7 @@ __all__ = [
     "Count",
     "DataSection",
     "EvaluationSection",
+    "FlowerSection",
     "LocalSection",
     "LoraSection",
     "MethodSection",
@@ -307,3 +308,31 @@ class EvaluationSection(Section):
     """Examples in one evaluation forward pass."""
     max_batch_tokens: Count = 4096
     """Tokens, padding included, in one evaluation forward pass."""
+
+
+class FlowerSection(Section):
+    """A federation across sites with Flower; a run on this machine uses none of it."""
+
+    federation_id: Annotated[Text, Field(min_length=1, max_length=100)] | None = None
+    """Names the federation: a site keeps its B and its head under it, so that a restarted node and a resumed server
+    find them. `sfedlora flower init` writes a new one; two federations on the same sites need two."""
+    sites: Annotated[tuple[Annotated[Text, Field(min_length=1)], ...], Field(min_length=1)] | None = None
+    """Client ids of the sites that the federation begins with. null: the first `partition.num_clients` that report."""
+    min_replies: Count = 1
+    """Usable replies that a round needs; with fewer the run stops and can be resumed. Also the number of sites that
+    must have reported when the time to join is over."""
+    round_deadline_seconds: PositiveFloat = 3600.0
+    """Time that the sites have to answer in a round, loading the base model included. Later answers are excluded."""
+    join_deadline_seconds: PositiveFloat = 600.0
+    """Time that the expected sites have to report before round 1 begins without the others."""
+    metrics: Literal["per-client", "aggregate", "none"] = "aggregate"
+    """What becomes of the losses and gradient norms that sites measure. per-client: sent and recorded for each site.
+    aggregate: sent, and only means over sites are recorded. none: not sent; a site sends its number of examples only.
+    """
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of factors on their way. bfloat16 halves the traffic and rounds every factor on each way."""
+    trainer: Literal["process", "none"] = "process"
+    """process: each site keeps one process with the base model between messages. none: the model is loaded for every
+    message. Same results."""
+    trainer_idle_seconds: PositiveFloat | None = None
+    """When a trainer without work ends. null: twice the round deadline."""

@@ -172,12 +172,8 @@ def starting_adapter(federation: Federation, state: FederationState, client_id: 
     if federation.init == "local" and round_num == 1:
         return adapter | _own_draw(federation, client_id)
     if federation.method.traits.restarts and round_num > 1:
-        size = federation.sizes.server
-        drawn = draw_a(
-            federation.resident.layout, size.rank, seed=federation.seed, owner=SHARED_OWNER, round_num=round_num
-        )
         zeros = {name: torch.zeros_like(b) for name, b in select_parts(adapter, [Part.B]).items()}
-        return adapter | _of_size(federation, drawn, client_id) | zeros
+        return adapter | _draw_of_size(federation, client_id, owner=SHARED_OWNER, round_num=round_num) | zeros
     return adapter
 
 
@@ -200,10 +196,16 @@ def _keeps_own_a(federation: Federation) -> bool:
 
 
 def _own_draw(federation: Federation, client_id: str) -> dict[str, Tensor]:
-    """A client's own A: the first rows of its draw at the server's rank."""
-    rank = federation.sizes.server.rank
-    drawn = draw_a(federation.resident.layout, rank, seed=federation.seed, owner=client_id)
-    return _of_size(federation, drawn, client_id)
+    """A client's own A."""
+    return _draw_of_size(federation, client_id, owner=client_id, round_num=1)
+
+
+def _draw_of_size(federation: Federation, client_id: str, *, owner: str | int, round_num: int) -> dict[str, Tensor]:
+    """The first rows of a draw at the server's rank, as many as a client's rank."""
+    sizes = federation.sizes
+    rank = sizes.draw_rank or sizes.server.rank
+    drawn = draw_a(federation.resident.layout, rank, seed=federation.seed, owner=owner, round_num=round_num)
+    return {name: tensor[: sizes.of(client_id).rank] for name, tensor in drawn.items()}
 
 
 def _of_size(federation: Federation, tensors: Tensors, client_id: str) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Base models: a source string becomes a frozen model with its tokenizer.
 
-    hub id | directory | file.gguf | package:NAME/path  ->  BaseModel
+    hub id | directory | file.gguf | package:NAME/path  ->  BaseModel, or a Skeleton without weights
 
 Only safetensors weights are read and no code of a checkpoint is run. Not here: where the files are (`checkpoint`),
 what happens to weights that a checkpoint lacks (`new_weights`), LoRA (`inject`).
@@ -8,7 +8,7 @@ what happens to weights that a checkpoint lacks (`new_weights`), LoRA (`inject`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,10 +26,18 @@ from transformers import (
 )
 
 from sfedlora.errors import ConfigError, ModelError
-from sfedlora.lora.checkpoint import find_checkpoint, quiet_transformers, stored_dtype
-from sfedlora.lora.new_weights import classification_head, draw_new_weights, name_new_modules, refuse_unusable
+from sfedlora.lora.checkpoint import find_checkpoint, quiet_transformers, stored_dtype, stored_weight
+from sfedlora.lora.new_weights import (
+    classification_head,
+    draw_new_weights,
+    drawn_weight,
+    name_new_modules,
+    refuse_unusable,
+)
+from sfedlora.lora.targets import find_layout
+from sfedlora.types import AdapterLayout, Part, Tensors, factor_name
 
-__all__ = ["BaseModel", "Quantization", "Task", "load_base_model", "resolve_dtype"]
+__all__ = ["BaseModel", "Quantization", "Skeleton", "Task", "load_base_model", "load_skeleton", "resolve_dtype"]
 
 Task = Literal["causal-lm", "sequence-classification"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -56,6 +64,23 @@ class BaseModel:
     sha256: str
     new_modules: tuple[str, ...]
     dtype: str
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A base model without its weights: what a server needs that never computes with it.
+
+    Attributes:
+        name_or_path, sha256, dtype: as in `BaseModel`.
+        layout: which factors an adapter has.
+        head: factor name -> initial value, float32, of every parameter trained in full.
+    """
+
+    name_or_path: str
+    sha256: str
+    dtype: str
+    layout: AdapterLayout
+    head: Tensors
 
 
 def load_base_model(
@@ -99,18 +124,56 @@ def load_base_model(
         raise ModelError(f"{source}: architecture {config.model_type!r} reads in both directions; it has no {task!r}")
     tokenizer = _load_tokenizer(checkpoint.directory, source)
     quantized = _quantization_settings(quantization, resolved)
-    model, missing, mismatched = _load_model(
-        checkpoint.directory, config, task, resolved, source, quantized=quantized, device=device
-    )
-    head = classification_head(model) if task == "sequence-classification" else None
-    refuse_unusable(model, missing, mismatched, head=head, source=source)
-    draw_new_weights(model, missing | mismatched, seed)
-    new_modules = name_new_modules(model, missing | mismatched, always=() if head is None else (head,))
+    placement = {} if quantized is None else {"quantization_config": quantized, "device_map": {"": device}}
+    model, missing, new_modules = _load_model(checkpoint.directory, config, task, resolved, source, placement=placement)
+    draw_new_weights(model, missing, seed)
     _set_padding(model, tokenizer, source)
     if quantization == "4bit":
         _keep_differentiable(model)
     model = (model if quantized else model.to(device)).eval()
     return BaseModel(model, tokenizer, checkpoint.name_or_path, checkpoint.sha256, new_modules, resolved)
+
+
+def load_skeleton(
+    source: str,
+    *,
+    task: Task,
+    target_modules: str | Sequence[str],
+    dtype: str = "auto",
+    device: str = "cpu",
+    label_names: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Skeleton:
+    """What `load_base_model` and `adapt` would give, without reading weights other than those trained in full.
+
+    Args:
+        source: as in `load_base_model`, like all but one of the others.
+        task: decides the head.
+        target_modules: as in `adapt`.
+        dtype: the head's values are rounded to it.
+        device: what "auto" depends on; nothing is put there.
+        label_names: names of the classes, in the order of their ids.
+        seed: weights that the checkpoint lacks are drawn from it.
+
+    Raises:
+        ModelError, ConfigError, InputError: as `load_base_model` and `find_targets`.
+    """
+    _check_request(task, device, None, label_names)
+    checkpoint = find_checkpoint(source)
+    resolved = resolve_dtype(dtype, device=device, checkpoint_dtype=stored_dtype(checkpoint.weight_files))
+    config = _load_config(checkpoint.directory, source, _label_settings(task, None, label_names))
+    placement = {"device_map": {"": "meta"}}
+    model, missing, new_modules = _load_model(checkpoint.directory, config, task, resolved, source, placement=placement)
+    layout = find_layout(model, target_modules, head_modules=new_modules)
+    head = {
+        factor_name(Part.HEAD, path): (
+            drawn_weight(model, path, seed) if path in missing else stored_weight(checkpoint, path, source)
+        )
+        .to(_DTYPES[resolved])
+        .float()
+        for path in layout.head
+    }
+    return Skeleton(checkpoint.name_or_path, checkpoint.sha256, resolved, layout, head)
 
 
 def resolve_dtype(dtype: str, *, device: str, checkpoint_dtype: str | None) -> str:
@@ -231,12 +294,10 @@ def _load_model(
     dtype: str,
     source: str,
     *,
-    quantized: BitsAndBytesConfig | None,
-    device: str,
-) -> tuple[PreTrainedModel, set[str], set[str]]:
-    """The model, the parameters that the checkpoint lacks, and those of another shape."""
+    placement: Mapping[str, Any],
+) -> tuple[PreTrainedModel, set[str], tuple[str, ...]]:
+    """The model, the parameters to be drawn anew (lacking, or of another shape), and the modules to train in full."""
     auto_class = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
-    placement = {} if quantized is None else {"quantization_config": quantized, "device_map": {"": device}}
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             model, info = auto_class.from_pretrained(
@@ -255,7 +316,12 @@ def _load_model(
             raise ModelError(f"{source}: architecture {config.model_type!r} has no model for task {task!r}") from error
         raise ModelError(f"{source}: the model could not be loaded: {_one_line(error)}") from error
     parameters = {name for name, _ in model.named_parameters()}
-    return model, set(info["missing_keys"]) & parameters, {name for name, *_ in info["mismatched_keys"]} & parameters
+    missing = set(info["missing_keys"]) & parameters
+    mismatched = {name for name, *_ in info["mismatched_keys"]} & parameters
+    head = classification_head(model) if task == "sequence-classification" else None
+    refuse_unusable(model, missing, mismatched, head=head, source=source)
+    drawn = missing | mismatched
+    return model, drawn, name_new_modules(model, drawn, always=() if head is None else (head,))
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:

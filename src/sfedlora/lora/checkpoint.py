@@ -31,13 +31,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from sfedlora.errors import ModelError
 from sfedlora.sources import cache_root, local_path
 
-__all__ = ["Checkpoint", "find_checkpoint", "quiet_transformers", "stored_dtype"]
+__all__ = ["Checkpoint", "find_checkpoint", "quiet_transformers", "stored_dtype", "stored_weight"]
 
 _LOG = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
@@ -109,6 +110,20 @@ def stored_dtype(files: Sequence[Path]) -> str | None:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
     return found
+
+
+def stored_weight(checkpoint: Checkpoint, name: str, source: str) -> Tensor:
+    """One weight, without reading the others.
+
+    Raises:
+        ModelError: no file has a weight of this name (the architecture loads it under another one).
+    """
+    for path in checkpoint.weight_files:
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 - no mapping
+                weight: Tensor = file.get_tensor(name)
+                return weight.clone()
+    raise ModelError(f"{source}: {name} is stored under another name and cannot be read by itself")
 
 
 @contextlib.contextmanager

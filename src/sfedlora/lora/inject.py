@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from sfedlora.errors import ConfigError, ModelError
 from sfedlora.lora.layer import DropoutState, LoraLinear, SeededDropout
 from sfedlora.lora.resident import ResidentModel, owner_of, warn_about_rank
-from sfedlora.lora.targets import find_head_modules, find_targets, minimal_suffixes
-from sfedlora.types import AdapterLayout, Target
+from sfedlora.lora.targets import find_head_modules, find_layout, minimal_suffixes
+from sfedlora.types import Target
 
 __all__ = ["ResidentModel", "adapt"]
 
@@ -58,19 +58,18 @@ def adapt(
         raise ConfigError(f"dropout = {dropout}; expected a number in [0, 1)")
     device = _single_device(model)
     head_paths = find_head_modules(model, head_modules)
-    targets = find_targets(model, target_modules, head_paths=head_paths)
+    layout = find_layout(model, target_modules, head_modules=head_modules)
+    targets = layout.targets
     warn_about_rank(rank, targets)
     suffixes = minimal_suffixes(model, targets)
     model.requires_grad_(False)
     model.config.use_cache = False
     state = DropoutState()
     layers = {target.path: _wrap(model, target, rank, dropout, state) for target in targets}
-    head = {f"{path}.{name}": p for path in head_paths for name, p in model.get_submodule(path).named_parameters()}
     if head_paths:
         _seed_head_dropout(model, state)
         _cast_around_head(model, head_paths)
     model.eval()
-    layout = AdapterLayout(targets, {path: tuple(p.shape) for path, p in head.items()}, tuple(head_modules))
     return ResidentModel(
         model,
         layout,

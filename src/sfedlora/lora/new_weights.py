@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sfedlora.errors import ModelError
 from sfedlora.seeds import torch_generator
 
-__all__ = ["classification_head", "draw_new_weights", "name_new_modules", "refuse_unusable"]
+__all__ = ["classification_head", "draw_new_weights", "drawn_weight", "name_new_modules", "refuse_unusable"]
 
 _DEFAULT_RANGE = 0.02
 
@@ -38,18 +38,21 @@ def classification_head(model: PreTrainedModel) -> str:
 
 
 def draw_new_weights(model: PreTrainedModel, parameters: Collection[str], seed: int) -> None:
-    """Draw these parameters in place, each from `derive_seed(seed, "new_weight", name)`."""
-    spread = float(model.config.to_dict().get("initializer_range") or _DEFAULT_RANGE)
+    """Draw these parameters in place, as `drawn_weight`."""
     with torch.no_grad():
         for name in sorted(parameters):
-            parameter = model.get_parameter(name)
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim < 2:
-                parameter.fill_(1.0)
-            else:
-                draw = torch.randn(parameter.shape, generator=torch_generator(seed, "new_weight", name))
-                parameter.copy_(draw.mul_(spread))
+            model.get_parameter(name).copy_(drawn_weight(model, name, seed))
+
+
+def drawn_weight(model: PreTrainedModel, name: str, seed: int) -> Tensor:
+    """The draw of a parameter, from `derive_seed(seed, "new_weight", name)`; the parameter itself is not read."""
+    shape = model.get_parameter(name).shape
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) < 2:
+        return torch.ones(shape)
+    spread = float(model.config.to_dict().get("initializer_range") or _DEFAULT_RANGE)
+    return torch.randn(shape, generator=torch_generator(seed, "new_weight", name)).mul_(spread)
 
 
 def name_new_modules(

@@ -24,9 +24,23 @@ from transformers import PreTrainedModel
 
 from sfedlora.errors import ModelError
 from sfedlora.lora.layer import LoraLinear, linear_features
-from sfedlora.types import Target
+from sfedlora.types import AdapterLayout, Target
 
-__all__ = ["find_head_modules", "find_targets", "minimal_suffixes"]
+__all__ = ["find_head_modules", "find_layout", "find_targets", "minimal_suffixes"]
+
+
+def find_layout(
+    model: PreTrainedModel, target_modules: str | Sequence[str], *, head_modules: Sequence[str] = ()
+) -> AdapterLayout:
+    """Which factors an adapter of a model has; as `find_targets` and `find_head_modules`, whose errors it raises."""
+    head_paths = find_head_modules(model, head_modules)
+    targets = find_targets(model, target_modules, head_paths=head_paths)
+    head = {
+        f"{path}.{name}": tuple(parameter.shape)
+        for path in head_paths
+        for name, parameter in model.get_submodule(path).named_parameters()
+    }
+    return AdapterLayout(targets, head, tuple(head_modules))
 
 
 def find_targets(

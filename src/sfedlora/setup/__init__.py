@@ -5,32 +5,21 @@ Every `auto` is replaced here; the resolved configuration is what the run direct
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from sfedlora.config import RunConfig
-from sfedlora.data.encoded import EncodedData
-from sfedlora.data.partition import ClientSplit
-from sfedlora.errors import ConfigError
-from sfedlora.federation.client import LocalTraining, TrainingSetup
-from sfedlora.federation.evaluate import EvalBatching
-from sfedlora.federation.initialize import InitialA
-from sfedlora.federation.runners import Runner
-from sfedlora.federation.runners.batched import BatchedRunner
-from sfedlora.federation.runners.serial import SerialRunner
-from sfedlora.federation.server_optimizer import ServerOptimizer
-from sfedlora.federation.state import POOLED_ID, Federation, RoundSettings
+from sfedlora.federation.state import Federation
 from sfedlora.lora.base_model import BaseModel, load_base_model
-from sfedlora.lora.inject import ResidentModel, adapt
+from sfedlora.lora.inject import adapt
 from sfedlora.lora.targets import find_head_modules, find_targets
-from sfedlora.methods import Method, make_method
+from sfedlora.methods import make_method
 from sfedlora.seeds import derive_seed
 from sfedlora.setup.adapter import (
-    chosen_init,
     client_ranks,
     draw_initial_a,
     initial_adapter,
@@ -38,13 +27,14 @@ from sfedlora.setup.adapter import (
     require_ranks,
     scaling_clients,
 )
+from sfedlora.setup.build import build_federation
 from sfedlora.setup.dataset import deal_examples, find_label_names, load_external, partition_record
 from sfedlora.setup.dataset import encode_examples as encode_examples
 from sfedlora.setup.dataset import load_source as load_source
 from sfedlora.setup.environment import environment_record
 from sfedlora.setup.resolve import resolve, resolve_device
 from sfedlora.setup.workers import Fingerprint, fingerprint, with_workers
-from sfedlora.types import LoraSizes
+from sfedlora.types import Part
 
 __all__ = ["Prepared", "encode_examples", "load_source", "prepare"]
 
@@ -122,12 +112,25 @@ def prepare(config: RunConfig) -> Prepared:
         targets=[target.path for target in resident.layout.targets],
     )
     torch.set_num_threads(resolved.threads or torch.get_num_threads())
-    initial = draw_initial_a(resolved, method, splits, resident)
+    num_examples = {client_id: len(split.train) for client_id, split in splits.items()}
+    initial = draw_initial_a(resolved, method, num_examples, resident.layout, resident.rank)
     num_scaling_clients = scaling_clients(resolved, method, initial, len(splits))
     sizes = lora_sizes(resolved, ranks, num_scaling_clients)
     external = load_external(resolved)
     encoded = {split: encode_examples(resolved, rows, base, label_names) for split, rows in external.items()}
-    federation = _federation(resolved, method, data, splits, resident, base, initial, sizes, encoded)
+    head = resident.read([Part.HEAD])
+    federation = build_federation(
+        resolved,
+        method,
+        resident=resident,
+        base=base,
+        data=data,
+        splits=splits,
+        external=encoded,
+        initial=initial_adapter(resident.layout, initial, head, resident.rank),
+        sizes=sizes,
+        effective_clients=initial.effective_clients,
+    )
     partition = partition_record(examples, splits)
     environment = environment_record(resolved, base, initial, num_scaling_clients, sizes)
     if resolved.workers != 1:
@@ -141,94 +144,3 @@ def _prepare_worker(config: RunConfig) -> tuple[Federation, Fingerprint]:
     """What a worker prepares in its own process."""
     prepared = prepare(config)
     return prepared.federation, fingerprint(prepared.config, prepared.partition, prepared.environment)
-
-
-def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a function above
-    config: RunConfig,
-    method: Method,
-    data: EncodedData,
-    splits: Mapping[str, ClientSplit],
-    resident: ResidentModel,
-    base: BaseModel,
-    initial: InitialA,
-    sizes: LoraSizes,
-    external: Mapping[str, EncodedData],
-) -> Federation:
-    local, rounds = config.local, config.rounds
-    participants: dict[str, Sequence[int]] = {client_id: split.train for client_id, split in splits.items()}
-    local_steps = local.local_steps
-    if method.traits.pools_data:
-        cohort_size = rounds.cohort_size or len(splits)
-        participants = {POOLED_ID: sorted(index for indices in participants.values() for index in indices)}
-        local_steps = None if local_steps is None else local_steps * cohort_size
-    training = LocalTraining(
-        optimizer=local.optimizer,
-        learning_rate_a_ratio=local.learning_rate_a_ratio,
-        weight_decay=local.weight_decay,
-        batch_size=local.batch_size,
-        accumulation=local.accumulation,
-        local_steps=local_steps,
-        local_epochs=local.local_epochs,
-        max_grad_norm=local.max_grad_norm,
-        keep_optimizer_state=local.optimizer_state == "keep",
-        proximal_mu=rounds.proximal_mu,
-    )
-    pad_token_id = base.tokenizer.pad_token_id
-    if not isinstance(pad_token_id, int):
-        raise ConfigError(f"model.source: {config.model.source} has no pad token")
-    return Federation(
-        resident=resident,
-        runner=_runner(config, TrainingSetup(resident, data, training, config.model.task, pad_token_id, config.seed)),
-        method=method,
-        data=data,
-        splits=splits,
-        participants=participants,
-        external=external,
-        initial=initial_adapter(resident, initial),
-        init=chosen_init(config),
-        sizes=sizes,
-        effective_clients=initial.effective_clients,
-        task=config.model.task,
-        pad_token_id=pad_token_id,
-        batching=EvalBatching(config.evaluation.batch_size, config.evaluation.max_batch_tokens),
-        rounds=RoundSettings(
-            num_rounds=rounds.num_rounds,
-            cohort_size=None if method.traits.pools_data else rounds.cohort_size,
-            weighting=rounds.weighting,
-            learning_rate=local.learning_rate,
-            schedule=local.schedule,
-            warmup_rounds=local.warmup_rounds,
-            evaluate_every=config.evaluation.every,
-            evaluated=_evaluated(config),
-            server_optimizer=_server_optimizer(config),
-        ),
-        seed=config.seed,
-    )
-
-
-def _runner(config: RunConfig, setup: TrainingSetup) -> Runner:
-    if config.runner == "batched" and isinstance(config.clients_per_batch, int):
-        return BatchedRunner(setup, config.clients_per_batch)
-    return SerialRunner(setup)
-
-
-def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
-    rounds = config.rounds
-    if rounds.server_optimizer == "none":
-        return None
-    if rounds.server_learning_rate == "auto":
-        raise ConfigError("rounds.server_learning_rate: auto was not resolved")
-    return ServerOptimizer(
-        rounds.server_optimizer,
-        rounds.server_learning_rate,
-        rounds.server_momentum,
-        rounds.server_beta2,
-        rounds.server_tau,
-    )
-
-
-def _evaluated(config: RunConfig) -> Literal["all", "cohort"] | int:
-    clients = config.evaluation.clients
-    if clients == "auto":
-        raise ConfigError("evaluation.clients: auto was not resolved")
-    return clients

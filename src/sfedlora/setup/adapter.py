@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from sfedlora.config import RunConfig
-from sfedlora.data.partition import ClientSplit
 from sfedlora.errors import ConfigError
 from sfedlora.federation.initialize import MAX_DRAWN_CLIENTS, InitialA, Initialization, form_initial_a
 from sfedlora.federation.sampling import sample_cohort
-from sfedlora.lora.inject import ResidentModel
 from sfedlora.lora.scaling import scaling_factor
 from sfedlora.methods import Method, client_weights
 from sfedlora.seeds import numpy_generator
-from sfedlora.types import LoraSize, LoraSizes, Part, Target, select_parts
+from sfedlora.types import AdapterLayout, LoraSize, LoraSizes, Part, Target, Tensors
 
 __all__ = [
     "chosen_init",
@@ -89,12 +87,20 @@ def require_ranks(targets: Sequence[Target], rank: int, method: str) -> None:
 
 
 def draw_initial_a(
-    config: RunConfig, method: Method, splits: Mapping[str, ClientSplit], resident: ResidentModel
+    config: RunConfig, method: Method, num_examples: Mapping[str, int], layout: AdapterLayout, rank: int
 ) -> InitialA:
-    """A before round 1. Methods that average nothing at the start get one draw (and `local` clients their own)."""
-    weights = _averaging_weights(config, splits)
+    """A before round 1. Methods that average nothing at the start get one draw (and `local` clients their own).
+
+    Args:
+        config: resolved.
+        method: the method.
+        num_examples: client id -> training examples, of the clients that the run begins with.
+        layout: the adapted modules.
+        rank: of the shared factors.
+    """
+    weights = _averaging_weights(config, num_examples)
     init: Initialization = chosen_init(config) if method.traits.averages_a else "shared"
-    initial = form_initial_a(resident.layout, resident.rank, weights=weights, init=init, seed=config.seed)
+    initial = form_initial_a(layout, rank, weights=weights, init=init, seed=config.seed)
     measured, intended = initial.measured_clients, initial.averaged_clients
     if measured is not None and abs(measured / intended - 1.0) > TOLERATED_COUNT_ERROR:
         warnings.warn(
@@ -133,11 +139,10 @@ def scaling_clients(config: RunConfig, method: Method, initial: InitialA, num_cl
     return count
 
 
-def initial_adapter(resident: ResidentModel, initial: InitialA) -> dict[str, Tensor]:
-    """A as formed, B zero, the head as the model has it now."""
-    before = resident.read()
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in select_parts(before, [Part.B]).items()}
-    return {**before, **initial.tensors, **zeros}
+def initial_adapter(layout: AdapterLayout, initial: InitialA, head: Tensors, rank: int) -> dict[str, Tensor]:
+    """A as formed, B zero, a head."""
+    zeros = {name: torch.zeros(shape) for name, shape in layout.shapes(rank, [Part.B]).items()}
+    return {**initial.tensors, **zeros, **head}
 
 
 def chosen_init(config: RunConfig) -> Initialization:
@@ -147,10 +152,10 @@ def chosen_init(config: RunConfig) -> Initialization:
     return config.lora.init
 
 
-def _averaging_weights(config: RunConfig, splits: Mapping[str, ClientSplit]) -> dict[str, float]:
+def _averaging_weights(config: RunConfig, num_examples: Mapping[str, int]) -> dict[str, float]:
     """Weights of the average that formed A: over all clients, for `local` over the cohort of round 1."""
-    members: Sequence[str] = sorted(splits)
+    members: Sequence[str] = sorted(num_examples)
     if config.lora.init == "local":
         members = sample_cohort(members, config.rounds.cohort_size, seed=config.seed, round_num=1)
-    counts = {client_id: len(splits[client_id].train) for client_id in members}
+    counts = {client_id: num_examples[client_id] for client_id in members}
     return client_weights(counts, config.rounds.weighting)

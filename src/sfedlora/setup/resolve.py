@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from sfedlora.lora.stackable import unstackable_targets
 from sfedlora.methods import Method
 from sfedlora.types import Part
 
-__all__ = ["resolve", "resolve_device", "resolve_workers"]
+__all__ = ["resolve", "resolve_device", "resolve_rules", "resolve_workers"]
 
 MAX_EVALUATED = 100
 TOKEN_CAPS = {"cpu": 512, "cuda": 16384, "mps": 4096}
@@ -71,6 +71,28 @@ def resolve(
         ConfigError: a cohort larger than the number of clients, adapters that cannot be stacked as asked, or workers
             without a device each.
     """
+    rules = resolve_rules(config, method, num_clients=num_clients)
+    clients_per_batch = _clients_per_batch(config, base, method, device, num_clients, median_length, targets)
+    workers = resolve_workers(config.workers, device, _largest_cohort(config, method, num_clients))
+    return config.with_values(
+        {
+            **rules,
+            "model.dtype": base.dtype,
+            "runner": "serial" if clients_per_batch == 1 else "batched",
+            "clients_per_batch": clients_per_batch,
+            "workers": workers,
+            "device": str(device),
+            "threads": config.threads or max(1, torch.get_num_threads() // workers),
+        }
+    )
+
+
+def resolve_rules(config: RunConfig, method: Method, *, num_clients: int) -> dict[str, Any]:
+    """What every `auto` that concerns the federation, not a machine, stands for: dotted key -> value.
+
+    Raises:
+        ConfigError: a cohort larger than the number of clients.
+    """
     evaluated = config.evaluation.clients
     if evaluated == "auto":
         evaluated = "all" if num_clients <= MAX_EVALUATED else MAX_EVALUATED
@@ -80,23 +102,13 @@ def resolve(
     cohort_size = config.rounds.cohort_size
     if cohort_size is not None and cohort_size > num_clients:
         raise ConfigError(f"rounds.cohort_size is {cohort_size} but there are only {num_clients} clients")
-    clients_per_batch = _clients_per_batch(config, base, method, device, num_clients, median_length, targets)
-    workers = resolve_workers(config.workers, device, _largest_cohort(config, method, num_clients))
-    return config.with_values(
-        {
-            "model.dtype": base.dtype,
-            "lora.init": _resolve_init(config, method),
-            "method.head": "personal" if Part.HEAD in method.personal_parts() else "shared",
-            "partition.num_clients": num_clients,
-            "evaluation.clients": evaluated,
-            "rounds.server_learning_rate": server_learning_rate,
-            "runner": "serial" if clients_per_batch == 1 else "batched",
-            "clients_per_batch": clients_per_batch,
-            "workers": workers,
-            "device": str(device),
-            "threads": config.threads or max(1, torch.get_num_threads() // workers),
-        }
-    )
+    return {
+        "lora.init": _resolve_init(config, method),
+        "method.head": "personal" if Part.HEAD in method.personal_parts() else "shared",
+        "partition.num_clients": num_clients,
+        "evaluation.clients": evaluated,
+        "rounds.server_learning_rate": server_learning_rate,
+    }
 
 
 def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
