@@ -25,8 +25,10 @@ from sfedlora.artifacts import (
     CheckpointWriter,
     RunDirectory,
     WriteBehind,
+    adapter_facts,
     load_partial,
     save_partial,
+    write_served,
 )
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError, DataError, InputError, Interrupted, StorageError
@@ -45,20 +47,19 @@ from sfedlora.federation.round import (
 from sfedlora.federation.runners.workers import running
 from sfedlora.federation.sampling import sample_cohort
 from sfedlora.federation.state import Federation, FederationState, initial_state, serving_adapter, with_clients
-from sfedlora.lora.base_delta import adapter_with_deltas, total_deltas
-from sfedlora.lora.peft_format import save_adapter
 from sfedlora.setup import Prepared, prepare
-from sfedlora.types import Tensors
 
 __all__ = [
     "RunEvent",
     "RunPrepared",
     "RunResult",
+    "config_digest",
     "load_state",
     "resume",
     "resume_events",
     "run",
     "run_events",
+    "with_best",
     "write_adapter",
 ]
 
@@ -128,7 +129,7 @@ def run_events(config: RunConfig) -> Iterator[RunEvent]:
     with _threads_restored():
         prepared = prepare(config)
         with running(prepared.federation.runner):
-            environment = {**prepared.environment, "config_sha256": _config_digest(prepared.config)}
+            environment = {**prepared.environment, "config_sha256": config_digest(prepared.config)}
             directory = RunDirectory.create(output, prepared.config, environment, prepared.partition)
             yield RunPrepared(prepared, output, 1)
             writer = CheckpointWriter(directory.checkpoints)
@@ -189,29 +190,18 @@ def write_adapter(prepared: Prepared, state: FederationState, client_id: str | N
 
     Base deltas are joined to the adapter; its gamma is then 1 and its rank that of both together.
     """
-    config, federation = prepared.config, prepared.federation
-    size, layout = federation.sizes.server, federation.resident.layout
-    tensors: Tensors = {**federation.initial, **state.server.shared}
+    federation = prepared.federation
+    size, tensors = federation.sizes.server, {**federation.initial, **state.server.shared}
     if client_id is not None:
         size, tensors = federation.sizes.of(client_id), serving_adapter(federation, state, client_id)
-    rule, alpha, rank, num_clients = config.lora.scaling, config.lora.alpha, size.rank, prepared.scaling_clients
-    deltas = total_deltas(state.server.extra)
-    if deltas:
-        tensors, rank = adapter_with_deltas(tensors, deltas, layout, size.scaling)
-        rule, alpha, num_clients = "lora", float(rank), 1.0
-    save_adapter(
-        directory,
-        tensors,
-        layout=layout,
-        rule=rule,
-        alpha=alpha,
-        rank=rank,
-        num_clients=num_clients,
-        dropout=0.0 if deltas else config.lora.dropout,
-        task=config.model.task,
+    facts = adapter_facts(
+        prepared.config,
+        layout=federation.resident.layout,
+        target_suffixes=federation.resident.target_suffixes,
         base_model_name=prepared.base.name_or_path,
-        target_suffixes=prepared.federation.resident.target_suffixes,
+        scaling_clients=prepared.scaling_clients,
     )
+    write_served(directory, tensors, state.server.extra, size, facts)
 
 
 def _begin(prepared: Prepared, writer: CheckpointWriter) -> Generator[ClientEvaluated, None, Checkpoint]:
@@ -244,7 +234,7 @@ def _drive(
                         stored = behind.wait() or stored
                         changed = sorted(outcomes.keys() - event.record["excluded"].keys())
                         state = _over(stored, event.state, changed)
-                        progress = _with_best(progress, event.record)
+                        progress = with_best(progress, event.record)
                         behind.start(
                             partial(_store_round, directory, writer, Checkpoint(state, progress), event.record, changed)
                         )
@@ -267,7 +257,7 @@ def _over(stored: FederationState, state: FederationState, changed: Sequence[str
     )
 
 
-def _with_best(progress: Mapping[str, Any], record: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_best(progress: Mapping[str, Any], record: Mapping[str, Any]) -> Mapping[str, Any]:
     """The progress after a round: a finite loss below all before makes it the best."""
     loss, best = record["eval_loss"], progress["best_loss"]
     if loss is None or not math.isfinite(loss) or (best is not None and loss >= best):
@@ -336,7 +326,7 @@ def _evaluate_split(
     return means | evaluate_external(federation, state, list(results), split)
 
 
-def _config_digest(config: RunConfig) -> str:
+def config_digest(config: RunConfig) -> str:
     """Digest of every setting but the run directory, which may be moved, and workers, which change no result."""
     settings = config.model_dump(mode="json", exclude={"output", "workers"})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -344,7 +334,7 @@ def _config_digest(config: RunConfig) -> str:
 
 def _require_same_config(directory: RunDirectory, config: RunConfig) -> None:
     """Refuse a config.yaml that was edited: gamma, data order and seeds are constants of a run."""
-    if directory.environment().get("config_sha256") != _config_digest(config):
+    if directory.environment().get("config_sha256") != config_digest(config):
         raise ConfigError(
             f"{directory.path / 'config.yaml'}: was edited since the run began; put it back, or run the edited "
             "file with another output"

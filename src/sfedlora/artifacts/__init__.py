@@ -12,6 +12,9 @@ Layout (schema version 1):
 All references are relative: a run directory may be moved and copied.
 """
 
+from sfedlora.artifacts.adapters import AdapterFacts as AdapterFacts
+from sfedlora.artifacts.adapters import adapter_facts as adapter_facts
+from sfedlora.artifacts.adapters import write_served as write_served
 from sfedlora.artifacts.checkpoints import Checkpoint as Checkpoint
 from sfedlora.artifacts.checkpoints import Checkpoints as Checkpoints
 from sfedlora.artifacts.checkpoints import CheckpointWriter as CheckpointWriter
@@ -22,12 +25,15 @@ from sfedlora.artifacts.run_directory import RunDirectory as RunDirectory
 from sfedlora.artifacts.write_behind import WriteBehind as WriteBehind
 
 __all__ = [
+    "AdapterFacts",
     "Checkpoint",
     "CheckpointWriter",
     "Checkpoints",
     "ClientFiles",
     "RunDirectory",
     "WriteBehind",
+    "adapter_facts",
     "load_partial",
     "save_partial",
+    "write_served",
 ]

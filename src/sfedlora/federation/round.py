@@ -20,7 +20,7 @@ from sfedlora.federation.eval_work import EvalWork, Split, evaluate_work, extern
 from sfedlora.federation.evaluate import EvalResult, mean_results
 from sfedlora.federation.record import client_records, evaluation_record, scaling_record, training_record
 from sfedlora.federation.runners.workers import WorkersRunner
-from sfedlora.federation.sampling import sample_cohort, sample_evaluated
+from sfedlora.federation.sampling import choose_evaluated, sample_cohort
 from sfedlora.federation.schedule import learning_rate_at
 from sfedlora.federation.server_step import accept_updates, server_step
 from sfedlora.federation.state import (
@@ -44,8 +44,12 @@ __all__ = [
     "Split",
     "evaluate_clients",
     "evaluate_external",
+    "gain_of",
+    "make_work",
+    "num_bytes",
     "run_round",
     "run_rounds",
+    "with_outcomes",
 ]
 
 SCHEMA_VERSION = 1
@@ -125,7 +129,7 @@ def run_round(
     members = {client_id: federation.participants[client_id] for client_id in cohort}
     waiting = federation.runner.order(members, done)
     for client_id in sorted(done.keys() - set(waiting)):
-        gains.append(_gain(starting_adapter(federation, state, client_id), federation.sizes.of(client_id).scaling))
+        gains.append(gain_of(starting_adapter(federation, state, client_id), federation.sizes.of(client_id).scaling))
         outcomes[client_id] = done[client_id]
         yield ClientTrained(round_num, client_id, done[client_id], None)
     for result in federation.runner.run_cohort(_work_of(federation, state, waiting, gains)):
@@ -182,7 +186,7 @@ def evaluate_clients(
     Yields:
         Client id, number of clients that are evaluated, result; in client-id order.
     """
-    chosen = _evaluated_clients(federation, cohort)
+    chosen = choose_evaluated(list(federation.splits), federation.rounds.evaluated, cohort, seed=federation.seed)
     for work, results in _evaluate(federation, split_works(federation, state, split, chosen)):
         for client_id, result in zip(work.client_ids, results, strict=True):
             yield client_id, len(chosen), result
@@ -211,12 +215,13 @@ def _work_of(
 ) -> Iterator[ClientWork]:
     """The work of each client, made when the runner asks for it; notes the gain it starts with."""
     for client_id in client_ids:
-        work = _make_work(federation, state, client_id)
-        gains.append(_gain(work.start, work.size.scaling))
+        work = make_work(federation, state, client_id)
+        gains.append(gain_of(work.start, work.size.scaling))
         yield work
 
 
-def _make_work(federation: Federation, state: FederationState, client_id: str) -> ClientWork:
+def make_work(federation: Federation, state: FederationState, client_id: str) -> ClientWork:
+    """What a client is to do in the round after `state`."""
     round_num = state.server.round_num + 1
     settings = federation.rounds
     return ClientWork(
@@ -278,17 +283,7 @@ def with_outcomes(
     )
 
 
-def _evaluated_clients(federation: Federation, cohort: Sequence[str]) -> tuple[str, ...]:
-    evaluated = federation.rounds.evaluated
-    if evaluated == "cohort":
-        chosen = tuple(client_id for client_id in cohort if client_id in federation.splits)
-        return chosen or tuple(sorted(federation.splits))
-    if evaluated == "all":
-        return tuple(sorted(federation.splits))
-    return sample_evaluated(list(federation.splits), evaluated, seed=federation.seed)
-
-
-def _gain(adapter: Tensors, scaling: float) -> float:
+def gain_of(adapter: Tensors, scaling: float) -> float:
     """gamma^2 ||A||_F^2 / in_features, mean over layers."""
     return fmean(
         scaling**2 * float(torch.linalg.vector_norm(tensor)) ** 2 / tensor.shape[1]

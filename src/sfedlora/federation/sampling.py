@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from sfedlora.seeds import numpy_generator
 
-__all__ = ["sample_cohort", "sample_evaluated"]
+__all__ = ["choose_evaluated", "sample_cohort", "sample_evaluated"]
 
 
 def sample_cohort(client_ids: Sequence[str], cohort_size: int | None, *, seed: int, round_num: int) -> tuple[str, ...]:
@@ -26,3 +27,22 @@ def sample_evaluated(client_ids: Sequence[str], num_evaluated: int, *, seed: int
         return tuple(ordered)
     chosen = numpy_generator(seed, "evaluated").choice(len(ordered), size=num_evaluated, replace=False)
     return tuple(ordered[index] for index in sorted(chosen.tolist()))
+
+
+def choose_evaluated(
+    client_ids: Sequence[str], evaluated: Literal["all", "cohort"] | int, cohort: Sequence[str], *, seed: int
+) -> tuple[str, ...]:
+    """The clients that are evaluated after a round, in client-id order.
+
+    Args:
+        client_ids: all clients.
+        evaluated: all of them, those of the cohort (all where it has none of them), or a fixed sample of so many.
+        cohort: who trained in the round.
+        seed: of the run.
+    """
+    if evaluated == "cohort":
+        chosen = tuple(client_id for client_id in cohort if client_id in client_ids)
+        return chosen or tuple(sorted(client_ids))
+    if evaluated == "all":
+        return tuple(sorted(client_ids))
+    return sample_evaluated(client_ids, evaluated, seed=seed)

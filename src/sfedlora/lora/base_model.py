@@ -34,7 +34,7 @@ from sfedlora.lora.new_weights import (
     name_new_modules,
     refuse_unusable,
 )
-from sfedlora.lora.targets import find_layout
+from sfedlora.lora.targets import find_layout, minimal_suffixes
 from sfedlora.types import AdapterLayout, Part, Tensors, factor_name
 
 __all__ = ["BaseModel", "Quantization", "Skeleton", "Task", "load_base_model", "load_skeleton", "resolve_dtype"]
@@ -73,6 +73,7 @@ class Skeleton:
     Attributes:
         name_or_path, sha256, dtype: as in `BaseModel`.
         layout: which factors an adapter has.
+        target_suffixes: how PEFT's `target_modules` names the adapted modules.
         head: factor name -> initial value, float32, of every parameter trained in full.
     """
 
@@ -80,6 +81,7 @@ class Skeleton:
     sha256: str
     dtype: str
     layout: AdapterLayout
+    target_suffixes: tuple[str, ...]
     head: Tensors
 
 
@@ -173,7 +175,8 @@ def load_skeleton(
         .float()
         for path in layout.head
     }
-    return Skeleton(checkpoint.name_or_path, checkpoint.sha256, resolved, layout, head)
+    suffixes = minimal_suffixes(model, layout.targets)
+    return Skeleton(checkpoint.name_or_path, checkpoint.sha256, resolved, layout, suffixes, head)
 
 
 def resolve_dtype(dtype: str, *, device: str, checkpoint_dtype: str | None) -> str:

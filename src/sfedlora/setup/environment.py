@@ -9,20 +9,25 @@ from typing import Any
 from sfedlora.config import RunConfig
 from sfedlora.federation.initialize import InitialA
 from sfedlora.federation.record import scaling_record
-from sfedlora.lora.base_model import BaseModel
+from sfedlora.lora.base_model import BaseModel, Skeleton
 from sfedlora.types import LoraSizes
 
-__all__ = ["environment_record"]
+__all__ = ["environment_record", "library_versions"]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    packages = ("sfedlora", "torch", "transformers", "peft", "safetensors", "datasets", "tokenizers", "numpy")
+    return {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def environment_record(
-    config: RunConfig, base: BaseModel, initial: InitialA, scaling_clients: float, sizes: LoraSizes
+    config: RunConfig, base: BaseModel | Skeleton, initial: InitialA, scaling_clients: float, sizes: LoraSizes
 ) -> dict[str, Any]:
     """Versions, device, threads, seed, base model, and the counts behind gamma."""
-    packages = ("sfedlora", "torch", "transformers", "peft", "safetensors", "datasets", "tokenizers", "numpy")
     return {
         "schema_version": 1,
-        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": library_versions(),
         "platform": platform.platform(),
         "device": config.device,
         "threads": config.threads,
@@ -32,7 +37,7 @@ def environment_record(
             "loads_from": base.name_or_path,
             "sha256": base.sha256,
             "dtype": base.dtype,
-            "trained_in_full": list(base.new_modules),
+            "trained_in_full": list(base.layout.head_modules if isinstance(base, Skeleton) else base.new_modules),
         },
         "scaling": {
             "rule": config.lora.scaling,

@@ -1,0 +1,305 @@
+"""What server and sites say to each other: facts as JSON, factors as one flat array with a layout.
+
+    hello    server: which federation, which configuration     site: who it is, how many examples
+    round    server: shared factors, what to do with them      site: its factors that the round shares, what it measured
+
+A message is an `Envelope` of text and bytes; nothing in it is executed. `open_*` check everything before it is used:
+facts by their types, the layout against what the receiver expects, the number of bytes, and finiteness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from sfedlora.config import RunConfig
+from sfedlora.errors import SfedLoraError
+from sfedlora.types import Tensors
+
+__all__ = [
+    "PROTOCOL",
+    "Envelope",
+    "Evaluated",
+    "Failure",
+    "FailureCode",
+    "HelloReply",
+    "HelloRequest",
+    "Measured",
+    "MessageError",
+    "RoundReply",
+    "RoundRequest",
+    "config_digest",
+    "open_facts",
+    "open_failure",
+    "open_tensors",
+    "seal",
+]
+
+PROTOCOL = 1
+MAX_FACTS_BYTES = 8_000_000
+"""Text of one message: a layout of 10,000 factors takes about 1 MB."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+WireDtype = Literal["float32", "bfloat16"]
+FailureCode = Literal[
+    "settings", "data", "model", "state", "lost-state", "training", "diverged", "memory", "message", "internal"
+]
+
+
+class MessageError(SfedLoraError):
+    """A message that the receiver refuses."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """One message.
+
+    Attributes:
+        facts: a JSON object.
+        dtype: of the flat array.
+        data: the flat array, little-endian.
+    """
+
+    facts: str
+    dtype: WireDtype = "float32"
+    data: bytes = b""
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class HelloRequest(_Facts):
+    """The server asks a node who it is.
+
+    Attributes:
+        protocol: version of these messages.
+        federation_id: which federation.
+        config_sha256: digest of the configuration, which the site has too.
+    """
+
+    kind: Literal["hello"] = "hello"
+    protocol: int
+    federation_id: Name
+    config_sha256: Name
+
+
+class HelloReply(_Facts):
+    """A site says who it is.
+
+    Attributes:
+        client_id: its name in the federation.
+        num_examples: its training examples.
+        base_sha256: digest of its base model's weight files.
+        dtype: in which it loads them.
+        versions: of the libraries that results depend on.
+    """
+
+    kind: Literal["hello-reply"] = "hello-reply"
+    client_id: Name
+    num_examples: Annotated[int, Field(ge=1, le=1_000_000_000)]
+    base_sha256: Name
+    dtype: Name
+    versions: dict[Name, Name]
+
+
+class RoundRequest(_Facts):
+    """What a site is to do with the shared factors after round `round_num - 1`.
+
+    Attributes:
+        federation_id, client_id: to whom.
+        round_num: the round that is open.
+        rank, scaling: the site's own adapter.
+        draw_rank: rank of random draws.
+        scaling_clients: the N of the sfed rule, written to the site's adapter.
+        personal_round: the round whose B and head the site is to use; 0: none yet, it starts from B = 0.
+        kept_rounds: other rounds that the site must keep.
+        evaluate: splits to evaluate first, with the shared factors as they come.
+        train: whether to train then.
+        write_adapter: whether to write the adapter that the site serves now.
+        metrics: whether to send back what was measured.
+        wire_dtype: number format of the reply.
+        layout: names and shapes of the factors, in the order of the flat array.
+    """
+
+    kind: Literal["round"] = "round"
+    federation_id: Name
+    client_id: Name
+    round_num: Annotated[int, Field(ge=1, le=1_000_001)]
+    rank: Annotated[int, Field(ge=1, le=1_000_000)]
+    scaling: Annotated[float, Field(gt=0.0)]
+    draw_rank: Annotated[int, Field(ge=1, le=1_000_000)]
+    scaling_clients: Annotated[float, Field(ge=1.0)]
+    personal_round: Count
+    kept_rounds: list[Count] = []
+    evaluate: list[Literal["validation", "test"]] = []
+    train: bool
+    write_adapter: bool = False
+    metrics: bool
+    wire_dtype: WireDtype
+    layout: list[tuple[Name, list[Count]]] = []
+
+
+class Measured(_Facts):
+    """What local training measured; as `federation.client.TrainMetrics`, None for what is not a finite number."""
+
+    train_loss: float | None
+    grad_norm_a: float | None
+    grad_norm_b: float | None
+    gain: float | None
+    tokens: Count
+    padded_tokens: Count
+    num_steps: Count
+
+
+class Evaluated(_Facts):
+    """Metrics over a split; as `federation.evaluate.EvalResult`."""
+
+    num_examples: Count
+    loss: float | None
+    accuracy: float | None = None
+    macro_f1: float | None = None
+
+
+class RoundReply(_Facts):
+    """What a site did.
+
+    Attributes:
+        client_id, round_num: as asked for.
+        num_examples: its training examples.
+        trained: whether the update follows.
+        personal_round: the round whose B it used: 0 where it had none, which may be less than was asked for.
+        measured: what training measured; None if it was not asked for.
+        evaluated: split -> metrics; empty if they were not asked for.
+        layout: names and shapes of the update's factors.
+    """
+
+    kind: Literal["round-reply"] = "round-reply"
+    client_id: Name
+    round_num: Count
+    num_examples: Count
+    trained: bool
+    personal_round: Count
+    measured: Measured | None = None
+    evaluated: dict[Literal["validation", "test"], Evaluated] = {}
+    layout: list[tuple[Name, list[Count]]] = []
+
+
+class Failure(_Facts):
+    """A site could not do what it was asked for. The text of its error stays in its own log.
+
+    Attributes:
+        code: what kind of thing went wrong.
+    """
+
+    kind: Literal["failure"] = "failure"
+    code: FailureCode
+
+
+Facts = TypeVar("Facts", bound=_Facts)
+_WITH_LAYOUT = (RoundRequest, RoundReply)
+
+
+def seal(facts: _Facts, tensors: Tensors | None = None, *, dtype: WireDtype = "float32") -> Envelope:
+    """Pack facts and tensors; bfloat16 rounds them to nearest even."""
+    given = dict(tensors or {})
+    if isinstance(facts, _WITH_LAYOUT):
+        layout = [(name, list(tensor.shape)) for name, tensor in given.items()]
+        facts = facts.model_copy(update={"layout": layout})
+    flat = torch.empty(sum(tensor.numel() for tensor in given.values()), dtype=_DTYPES[dtype])
+    start = 0
+    for tensor in given.values():
+        flat[start : start + tensor.numel()].copy_(tensor.reshape(-1))
+        start += tensor.numel()
+    return Envelope(facts.model_dump_json(), dtype, flat.view(torch.uint8).numpy().tobytes())
+
+
+def open_facts(envelope: Envelope, kind: type[Facts]) -> Facts:
+    """Read the facts of an envelope.
+
+    Raises:
+        MessageError: they are not of this kind.
+    """
+    if len(envelope.facts) > MAX_FACTS_BYTES:
+        raise MessageError(f"{len(envelope.facts)} bytes of facts; expected at most {MAX_FACTS_BYTES}")
+    try:
+        return kind.model_validate_json(envelope.facts)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the message"
+        raise MessageError(f"malformed {kind.__name__}: {where}: {first['msg']}") from None
+
+
+def open_failure(envelope: Envelope) -> Failure | None:
+    """The failure that an envelope reports; None if it holds something else."""
+    try:
+        return open_facts(envelope, Failure)
+    except MessageError:
+        return None
+
+
+def open_tensors(
+    envelope: Envelope, layout: list[tuple[str, list[int]]], expected: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, Tensor]:
+    """Read the float32 tensors of an envelope.
+
+    Args:
+        envelope: the message.
+        layout: the layout that its facts state.
+        expected: name -> shape of what must be there, in any order; None takes any layout that fits the bytes.
+
+    Raises:
+        MessageError: another layout, another number of bytes, or values that are not finite.
+    """
+    stated = {name: tuple(shape) for name, shape in layout}
+    if len(stated) < len(layout):
+        raise MessageError("a tensor stands twice in the layout")
+    if expected is not None and stated != dict(expected):
+        raise MessageError(_difference(stated, expected))
+    if envelope.dtype not in _DTYPES:
+        raise MessageError(f"number format {envelope.dtype!r}; expected one of {', '.join(_DTYPES)}")
+    dtype = _DTYPES[envelope.dtype]
+    num_bytes = sum(math.prod(shape) for shape in stated.values()) * dtype.itemsize
+    if num_bytes != len(envelope.data):
+        raise MessageError(f"{len(envelope.data)} bytes of factors; the layout needs {num_bytes}")
+    if not num_bytes:
+        return {name: torch.zeros(shape) for name, shape in stated.items()}
+    flat = torch.frombuffer(bytearray(envelope.data), dtype=dtype).to(torch.float32)
+    tensors, start = {}, 0
+    for name, shape in stated.items():
+        size = math.prod(shape)
+        tensors[name] = flat[start : start + size].reshape(shape)
+        start += size
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise MessageError(f"tensor {name!r} holds NaN or infinite values")
+    return tensors
+
+
+def config_digest(config: RunConfig) -> str:
+    """Digest of what server and sites must have in common: all but where each keeps and finds its files."""
+    own: Any = {
+        "output": True,
+        "device": True,
+        "data": {"source", "columns", "subset", "hub_split"},
+        "model": {"source"},
+    }
+    settings = config.model_dump(mode="json", exclude=own)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(stated: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    for name, shape in expected.items():
+        if name not in stated:
+            return f"tensor {name!r} is missing"
+        if stated[name] != shape:
+            return f"tensor {name!r} has shape {stated[name]}; expected {shape}"
+    return f"tensor {min(stated.keys() - expected.keys())!r} was not asked for"

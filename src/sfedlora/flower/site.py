@@ -1,0 +1,289 @@
+"""What a site does with a message: evaluate with its own B, train, keep B, answer with what the round shares.
+
+The site is a federation of one client, so all of this is the local runner's code. Whatever goes wrong here is logged
+here; the server learns the kind of failure only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sfedlora.artifacts import adapter_facts, write_served
+from sfedlora.config import RunConfig
+from sfedlora.errors import (
+    ClientError,
+    ConfigError,
+    DataError,
+    InputError,
+    ModelError,
+    SfedLoraError,
+    StorageError,
+)
+from sfedlora.federation.client import ClientOutcome, TrainMetrics
+from sfedlora.federation.eval_work import evaluate_work, split_works
+from sfedlora.federation.evaluate import EvalResult
+from sfedlora.federation.memory import is_out_of_memory
+from sfedlora.federation.round import gain_of, make_work, with_outcomes
+from sfedlora.federation.state import Federation, FederationState, serving_adapter
+from sfedlora.flower.protocol import (
+    PROTOCOL,
+    Envelope,
+    Evaluated,
+    Failure,
+    FailureCode,
+    HelloReply,
+    HelloRequest,
+    Measured,
+    MessageError,
+    RoundReply,
+    RoundRequest,
+    open_facts,
+    open_tensors,
+    seal,
+)
+from sfedlora.flower.site_store import SiteStore
+from sfedlora.lora.base_delta import select_deltas
+from sfedlora.setup.environment import library_versions
+from sfedlora.setup.site import SiteData, adapt_site, load_site
+from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, select_parts
+
+__all__ = ["EXTRA", "INITIAL", "SHARED", "Site", "SiteSettings"]
+
+_LOG = logging.getLogger(__name__)
+SHARED, EXTRA, INITIAL = "shared/", "extra/", "initial/"
+"""What the names of a request's tensors begin with."""
+_FAILURES: tuple[tuple[type[Exception], FailureCode], ...] = (
+    (MessageError, "message"),
+    (DataError, "data"),
+    (ModelError, "model"),
+    (ConfigError, "settings"),
+    (InputError, "settings"),
+    (StorageError, "state"),
+)
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """What a site is started with.
+
+    Attributes:
+        config: the federation's configuration with the site's own paths, columns and device.
+        digest: of the federation's configuration before that.
+        client: its client id; in a simulation the position of its client in client-id order.
+        state_dir: where it keeps what never leaves it.
+    """
+
+    config: RunConfig
+    digest: str
+    client: str | int
+    state_dir: Path
+
+
+class Site:
+    """Owner of a site's base model, which is loaded when it is first needed and adapted once per rank."""
+
+    def __init__(self, settings: SiteSettings) -> None:
+        """Take the settings; nothing is loaded yet."""
+        self._settings = settings
+        self._data: SiteData | None = None
+        self._federation: Federation | None = None
+
+    def answer(self, envelope: Envelope) -> Envelope:
+        """Do what a message asks for; never raises."""
+        try:
+            return self._answer(envelope)
+        except ClientError as error:
+            _LOG.error("%s", error)
+            return seal(Failure(code=_kind_of(error)))
+        except _LostStateError:
+            _LOG.error("the state that the server asks for is not here; the next round starts from B = 0")
+            return seal(Failure(code="lost-state"))
+        except SfedLoraError as error:
+            _LOG.error("%s", error)
+            known: list[FailureCode] = [code for kind, code in _FAILURES if isinstance(error, kind)]
+            return seal(Failure(code=known[0] if known else "internal"))
+        except Exception as error:
+            _LOG.exception("the site could not answer")
+            return seal(Failure(code="memory" if is_out_of_memory(error) else "internal"))
+
+    def _answer(self, envelope: Envelope) -> Envelope:
+        handlers: dict[str, Callable[[Envelope], Envelope]] = {"hello": self._hello, "round": self._round}
+        try:
+            kind = json.loads(envelope.facts)["kind"]
+            handler = handlers[kind]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise MessageError(f"expected a message of kind {' or '.join(handlers)}") from None
+        return handler(envelope)
+
+    def _hello(self, envelope: Envelope) -> Envelope:
+        request, settings = open_facts(envelope, HelloRequest), self._settings
+        if request.protocol != PROTOCOL:
+            raise MessageError(f"the server speaks version {request.protocol} of the protocol, this site {PROTOCOL}")
+        if request.federation_id != settings.config.flower.federation_id:
+            raise MessageError(f"a message for federation {request.federation_id!r}; this site belongs to another")
+        if request.config_sha256 != settings.digest:
+            raise MessageError("the server has another configuration than the app that this site runs")
+        data = self._loaded()
+        return seal(
+            HelloReply(
+                client_id=data.client_id,
+                num_examples=len(data.split.train),
+                base_sha256=data.base.sha256,
+                dtype=data.base.dtype,
+                versions=library_versions(),
+            )
+        )
+
+    def _round(self, envelope: Envelope) -> Envelope:
+        request, data = open_facts(envelope, RoundRequest), self._loaded()
+        if request.federation_id != self._settings.config.flower.federation_id:
+            raise MessageError(f"a message for federation {request.federation_id!r}; this site belongs to another")
+        if request.client_id != data.client_id:
+            raise MessageError(f"a message for client {request.client_id!r}; this site is {data.client_id!r}")
+        store = SiteStore.at(self._settings.state_dir, request.federation_id, data.client_id)
+        if request.personal_round and request.personal_round not in store.rounds():
+            raise _LostStateError
+        federation = self._adapted(request)
+        tensors = open_tensors(envelope, request.layout, None)
+        state = _state_of(federation, request, tensors, store)
+        federation = replace(federation, initial={**federation.initial, **_initial_of(federation, request, tensors)})
+        evaluated = {split: _evaluate(federation, state, data.client_id, split) for split in request.evaluate}
+        if request.write_adapter:
+            self._write_adapter(federation, state, request, store)
+        reply = RoundReply(
+            client_id=data.client_id,
+            round_num=request.round_num,
+            num_examples=len(data.split.train),
+            trained=request.train,
+            personal_round=request.personal_round,
+            evaluated={split: _sent(result) for split, result in evaluated.items()} if request.metrics else {},
+        )
+        if not request.train:
+            return seal(reply)
+        outcome, gain = _train(federation, state, data.client_id)
+        after = with_outcomes(federation, state, {data.client_id: outcome})
+        store.save(request.round_num, after.personal[data.client_id], after.optimizer.get(data.client_id, {}))
+        store.keep({request.round_num, request.personal_round, *request.kept_rounds})
+        if request.metrics:
+            reply = reply.model_copy(update={"measured": _measured(outcome.metrics, gain)})
+        shared = federation.method.shared_parts(request.round_num)
+        return seal(reply, select_parts(outcome.tensors, shared), dtype=request.wire_dtype)
+
+    def _loaded(self) -> SiteData:
+        if self._data is None:
+            settings = self._settings
+            self._data = load_site(settings.config, settings.client, simulated=isinstance(settings.client, int))
+        return self._data
+
+    def _adapted(self, request: RoundRequest) -> Federation:
+        """The site's federation with the rank and gamma of a request."""
+        size = LoraSize(request.rank, request.scaling)
+        sizes = LoraSizes(size, draw_rank=request.draw_rank)
+        if self._federation is not None and self._federation.sizes.server.rank != request.rank:
+            self._federation, self._data = None, None  # the base model is adapted in place, once
+        if self._federation is None:
+            self._federation = adapt_site(self._loaded(), sizes=sizes, initial={})
+        self._federation = replace(self._federation, sizes=sizes)
+        return self._federation
+
+    def _write_adapter(
+        self, federation: Federation, state: FederationState, request: RoundRequest, store: SiteStore
+    ) -> None:
+        data = self._loaded()
+        facts = adapter_facts(
+            data.config,
+            layout=federation.resident.layout,
+            target_suffixes=federation.resident.target_suffixes,
+            base_model_name=data.base.name_or_path,
+            scaling_clients=request.scaling_clients,
+        )
+        tensors = serving_adapter(federation, state, data.client_id)
+        write_served(store.path / "adapter", tensors, state.server.extra, federation.sizes.server, facts)
+
+
+def _kind_of(error: ClientError) -> FailureCode:
+    if "emory" in error.reason:
+        return "memory"
+    return "diverged" if "NaN" in error.reason else "training"
+
+
+class _LostStateError(SfedLoraError):
+    """The round whose B the server asks for is not in the store."""
+
+
+def _state_of(federation: Federation, request: RoundRequest, tensors: Tensors, store: SiteStore) -> FederationState:
+    """The state after the round before the open one, as far as this site is concerned."""
+    shared, extra = _without(SHARED, tensors), _without(EXTRA, tensors)
+    parts = frozenset(Part) - federation.method.personal_parts()
+    shapes = federation.resident.layout.shapes(request.rank, parts)
+    if {name: tuple(tensor.shape) for name, tensor in shared.items()} != shapes:
+        raise MessageError("the shared factors are not those of this model, method and rank")
+    if select_deltas(extra).keys() != extra.keys():
+        raise MessageError("what comes besides shared factors is no base delta")
+    server = ServerState(request.round_num - 1, shared, extra)
+    if not request.personal_round:
+        return FederationState(server, {}, {})
+    [client_id] = federation.splits
+    personal, moments = store.load(request.personal_round)
+    return FederationState(server, {client_id: personal}, {client_id: moments} if moments else {})
+
+
+def _initial_of(federation: Federation, request: RoundRequest, tensors: Tensors) -> Tensors:
+    """The server's initial values of personal factors, for a site that has none of its own yet."""
+    initial = _without(INITIAL, tensors)
+    shapes = federation.resident.layout.shapes(request.rank, federation.method.personal_parts())
+    for name, tensor in initial.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise MessageError(f"initial value of {name!r} is none of this model, method and rank")
+    return initial
+
+
+def _evaluate(federation: Federation, state: FederationState, client_id: str, split: str) -> EvalResult:
+    [work] = split_works(federation, state, split, [client_id])  # type: ignore[arg-type]
+    [result] = evaluate_work(federation, work)
+    return result
+
+
+def _train(federation: Federation, state: FederationState, client_id: str) -> tuple[ClientOutcome, float]:
+    """The client's outcome, and the gain that it started with."""
+    work = make_work(federation, state, client_id)
+    [result] = federation.runner.run_cohort([work])
+    if isinstance(result, ClientError):
+        raise result
+    return result, gain_of(work.start, work.size.scaling)
+
+
+def _measured(metrics: TrainMetrics, gain: float) -> Measured:
+    return Measured(
+        train_loss=_finite(metrics.train_loss),
+        grad_norm_a=_finite(metrics.grad_norm_a),
+        grad_norm_b=_finite(metrics.grad_norm_b),
+        gain=_finite(gain),
+        tokens=metrics.tokens,
+        padded_tokens=metrics.padded_tokens,
+        num_steps=metrics.num_steps,
+    )
+
+
+def _sent(result: EvalResult) -> Evaluated:
+    return Evaluated(
+        num_examples=result.num_examples,
+        loss=_finite(result.loss),
+        accuracy=_finite(result.accuracy),
+        macro_f1=_finite(result.macro_f1),
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _without(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

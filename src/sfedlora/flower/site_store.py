@@ -1,0 +1,107 @@
+"""What a site keeps between rounds: its B, its head and its optimizer moments, by the round that made them.
+
+    <state directory>/<federation>/<client>/round-000003/{state.json, personal.safetensors, optimizer.safetensors}
+
+Only its owner can read it. The server says which rounds are still needed: the last one that it accepted, and the best.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfedlora.data.directories import safe_directory_name
+from sfedlora.errors import StorageError
+from sfedlora.storage import (
+    add_file,
+    directory_written_whole,
+    make_directory,
+    read_record,
+    read_tensors,
+    remove_directory,
+    to_json,
+    to_safetensors,
+)
+from sfedlora.types import Tensors
+
+__all__ = ["SiteStore"]
+
+_ROUND_FOLDER = re.compile(r"round-([0-9]{6,9})")
+_FILES = ("personal", "optimizer")
+
+
+@dataclass(frozen=True)
+class SiteStore:
+    """The state of one site in one federation.
+
+    Attributes:
+        path: its folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def at(cls, state_dir: Path, federation_id: str, client_id: str) -> SiteStore:
+        """The store of a client; its folders are made, for their owner only.
+
+        Raises:
+            StorageError: they cannot be made.
+        """
+        path = state_dir / safe_directory_name(federation_id) / safe_directory_name(client_id)
+        make_directory(path)
+        try:
+            for folder in (path, path.parent):
+                folder.chmod(0o700)
+        except OSError as error:
+            reason = f"cannot be kept from other users ({error.strerror}); use a folder of your own"
+            raise StorageError(f"{path}: {reason}") from None
+        return cls(path)
+
+    def rounds(self) -> list[int]:
+        """The rounds whose state is here, oldest first."""
+        matches = (_ROUND_FOLDER.fullmatch(folder.name) for folder in self.path.glob("round-*"))
+        return sorted(int(match[1]) for match in matches if match is not None)
+
+    def save(self, round_num: int, personal: Tensors, optimizer: Tensors) -> None:
+        """Keep the state after a round; what was kept for the same round goes.
+
+        Raises:
+            StorageError: the disk is full or cannot be written.
+        """
+        contents = {"personal": to_safetensors(personal), "optimizer": to_safetensors(optimizer)}
+        with directory_written_whole(self._folder(round_num)) as folder:
+            folder.chmod(0o700)
+            for name, content in contents.items():
+                add_file(folder / f"{name}.safetensors", content)
+            digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+            add_file(folder / "state.json", to_json({"round_num": round_num, "sha256": digests}).encode())
+
+    def load(self, round_num: int) -> tuple[Tensors, Tensors]:
+        """The personal factors and the optimizer moments after a round.
+
+        Raises:
+            StorageError: a file is missing or damaged.
+        """
+        folder = self._folder(round_num)
+        facts = read_record(folder / "state.json", {"round_num": int, **{f"sha256.{name}": str for name in _FILES}})
+        for name in _FILES:
+            path = folder / f"{name}.safetensors"
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise StorageError(f"{path}: cannot be read ({error.strerror}); put the original file back") from None
+            if hashlib.sha256(content).hexdigest() != facts["sha256"][name]:
+                raise StorageError(f"{path}: damaged: its content is not what was written; put the original file back")
+        return read_tensors(folder / "personal.safetensors"), read_tensors(folder / "optimizer.safetensors")
+
+    def keep(self, round_nums: Collection[int]) -> None:
+        """Remove the rounds that are not among these."""
+        for round_num in self.rounds():
+            if round_num not in round_nums:
+                remove_directory(self._folder(round_num))
+
+    def _folder(self, round_num: int) -> Path:
+        return self.path / f"round-{round_num:06d}"

@@ -1,0 +1,177 @@
+"""Who takes part: which node is which client, greeting of new nodes, and questions with a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sfedlora.errors import RunError
+from sfedlora.flower.exchange import Exchange, Lost
+from sfedlora.flower.protocol import Envelope, HelloReply, MessageError, open_facts, open_failure
+
+__all__ = ["SiteRecord", "Sites"]
+
+NOT_CONNECTED = "not connected"
+LATE = "no answer before the deadline"
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What the server knows of a site.
+
+    Attributes:
+        num_examples: its training examples.
+        dtype: in which it loads the base model.
+        versions: of its libraries.
+        accepted_round: the last round in which its update was used, whose B it serves; 0: none yet.
+    """
+
+    num_examples: int
+    dtype: str
+    versions: Mapping[str, str]
+    accepted_round: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+class Sites:
+    """Owner of the connection to the sites: greets nodes, asks clients, knows who is who.
+
+    A client id belongs to the node that gave it first, as long as that node is connected.
+    """
+
+    def __init__(
+        self, exchange: Exchange, hello: Envelope, *, base_sha256: str, allowed: frozenset[str] | None, log: Log
+    ) -> None:
+        """Nobody is known yet.
+
+        Args:
+            exchange: the transport.
+            hello: the greeting.
+            base_sha256: digest of the base model that all must have.
+            allowed: client ids that may take part; None: all.
+            log: takes one line of text.
+        """
+        self._exchange, self._hello, self._base_sha256, self._allowed, self._log = (
+            exchange,
+            hello,
+            base_sha256,
+            allowed,
+            log,
+        )
+        self._greetings: dict[int, str] = {}  # node -> id of a greeting under way
+        self._refused: set[int] = set()
+        self._node_of: dict[str, int] = {}
+        self.known: dict[str, SiteRecord] = {}
+
+    def wait_for(self, expected: Callable[[], bool], *, enough: int, seconds: float) -> None:
+        """Greet nodes until the expected sites have reported, or the time is over and enough of them have.
+
+        Raises:
+            RunError: not enough did.
+        """
+        end = time.monotonic() + seconds
+        while not expected():
+            self.greet(seconds=max(1.0, end - time.monotonic()))
+            self._hear()
+            if time.monotonic() > end:
+                break
+            self._exchange.wait()
+        if len(self.connected()) < enough:
+            raise RunError(
+                f"{len(self.connected())} sites reported within {seconds:g} s (flower.join_deadline_seconds), but "
+                f"flower.min_replies is {enough}; start the nodes, or see in their logs why they could not answer"
+            )
+
+    def connected(self) -> list[str]:
+        """The client ids of nodes that are connected now."""
+        nodes = self._exchange.nodes()
+        return sorted(client_id for client_id, node in self._node_of.items() if node in nodes)
+
+    def greet(self, *, seconds: float) -> None:
+        """Ask nodes that are new who they are."""
+        nodes = self._exchange.nodes()
+        for node in self._greetings.keys() - nodes:
+            del self._greetings[node]
+        new = nodes - set(self._node_of.values()) - self._greetings.keys() - self._refused
+        if new:
+            self._greetings |= self._exchange.push("hello", dict.fromkeys(sorted(new), self._hello), seconds=seconds)
+
+    def ask(self, requests: Mapping[str, Envelope], *, seconds: float) -> Iterator[tuple[str, Envelope | Lost]]:
+        """Ask clients and yield every answer as it comes, then `Lost` for those that did not answer in time.
+
+        New nodes are greeted meanwhile; they take part from the next round on.
+        """
+        end = time.monotonic() + seconds
+        here = set(self.connected())
+        for client_id in sorted(requests.keys() - here):
+            yield client_id, Lost(NOT_CONNECTED)
+        open_messages: dict[str, str] = {}
+        for client_id in sorted(requests.keys() & here):
+            node = self._node_of[client_id]
+            open_messages[client_id] = self._exchange.push("round", {node: requests[client_id]}, seconds=seconds)[node]
+        self.greet(seconds=seconds)
+        while open_messages and time.monotonic() < end:
+            self._hear()
+            for client_id, message_id in list(open_messages.items()):
+                answer = self._exchange.pull(message_id)
+                if answer is not None:
+                    del open_messages[client_id]
+                    yield client_id, answer
+            if open_messages:
+                self._exchange.wait()
+        for client_id in sorted(open_messages):
+            yield client_id, Lost(f"{LATE} ({seconds:g} s, flower.round_deadline_seconds)")
+
+    def accept(self, client_id: str, round_num: int) -> None:
+        """Note that a client's update of a round was used; 0: that it has to start anew."""
+        self.known[client_id] = replace(self.known[client_id], accepted_round=round_num)
+
+    def _hear(self) -> None:
+        """Take in answers to greetings."""
+        for node, message_id in list(self._greetings.items()):
+            answer = self._exchange.pull(message_id)
+            if answer is None:
+                continue
+            del self._greetings[node]
+            reason = answer.reason if isinstance(answer, Lost) else self._register(node, answer)
+            if reason:
+                self._log(f"node {node} is not taken: {reason}")
+                if not isinstance(answer, Lost):
+                    self._refused.add(node)
+
+    def _register(self, node: int, answer: Envelope) -> str:
+        """Take a node as a client; returns why not, or nothing."""
+        failure = open_failure(answer)
+        if failure is not None:
+            return f"it failed with code {failure.code!r}; its own log says why"
+        try:
+            reply = open_facts(answer, HelloReply)
+        except MessageError as error:
+            return str(error)
+        client_id = reply.client_id
+        if self._allowed is not None and client_id not in self._allowed:
+            return f"client id {client_id!r} is not in flower.sites"
+        if reply.base_sha256 != self._base_sha256:
+            return f"client {client_id!r} has a base model with other weights than the server's"
+        before = self.known.get(client_id)
+        if self._node_of.get(client_id, node) != node and self._node_of[client_id] in self._exchange.nodes():
+            return f"client id {client_id!r} belongs to another node, which is connected"
+        if before is not None and before.num_examples != reply.num_examples:
+            return (
+                f"client {client_id!r} had {before.num_examples} training examples and now states "
+                f"{reply.num_examples}; a federation needs the same data from its first round to its last"
+            )
+        self._node_of[client_id] = node
+        self.known[client_id] = replace(
+            before or SiteRecord(reply.num_examples, "", {}), dtype=reply.dtype, versions=reply.versions
+        )
+        self._log(f"site {client_id!r} has joined with {reply.num_examples} training examples")
+        return ""
+
+
+Log = Callable[[str], None]
