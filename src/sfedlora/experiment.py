@@ -46,6 +46,7 @@ from sfedlora.federation.round import (
 )
 from sfedlora.federation.runners.workers import running
 from sfedlora.federation.sampling import sample_cohort
+from sfedlora.federation.spool import Spool
 from sfedlora.federation.state import Federation, FederationState, initial_state, serving_adapter, with_clients
 from sfedlora.setup import Prepared, prepare
 
@@ -224,10 +225,10 @@ def _drive(
     outcomes = dict(finished)
     stored, progress = checkpoint.state, checkpoint.progress
     state = stored
-    with WriteBehind[FederationState]() as behind:
+    with Spool(directory.checkpoints.path) as spool, WriteBehind[FederationState]() as behind:
         try:
             while state.server.round_num < federation.rounds.num_rounds:
-                for event in run_round(federation, state, dict(outcomes)):
+                for event in run_round(federation, state, dict(outcomes), spool):
                     if isinstance(event, ClientTrained) and event.outcome is not None:
                         outcomes[event.client_id] = event.outcome
                     if isinstance(event, RoundFinished):

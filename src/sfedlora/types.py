@@ -61,7 +61,7 @@ def path_of(name: str) -> str:
 def select_parts(tensors: Tensors, parts: Iterable[Part]) -> dict[str, Tensor]:
     """The factors of `tensors` whose part is in `parts`, in the same order, not copied."""
     wanted = frozenset(parts)
-    return {name: tensor for name, tensor in tensors.items() if part_of(name) in wanted}
+    return {name: tensors[name] for name in tensors if part_of(name) in wanted}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from sfedlora.compare import compare_events
 from sfedlora.config.grid import Axis, make_cells
 from sfedlora.errors import Interrupted
 from sfedlora.experiment import RunEvent, resume_events, run_events
+from sfedlora.federation import round as round_module
 from sfedlora.federation.round import ClientTrained, RoundFinished
 from support.command_line import sfedlora, write_config
 from support.processes import ForkServer, wait_until
@@ -361,3 +362,20 @@ def test_a_torn_last_metrics_line_is_repaired(whole: RunResult, tmp_path: Path) 
         file.write('{"schema_version": 1, "round_')
     list(resume_events(tmp_path / "run"))
     assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("number", [None, 2, 4])
+def test_a_cohort_too_large_for_memory(
+    number: int | None, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outcomes that wait on the disk: the same bits, stopped after some client or not, and nothing is left behind."""
+    monkeypatch.setattr(round_module, "SPOOLED_ABOVE", 0)
+    run_dir = tmp_path / "run"
+    config = RunConfig.load(_config(tmp_path))
+    if number is None:
+        run(config)
+    else:
+        _stop_after(run_events(config), number)
+        assert (run_dir / "checkpoints" / "partial").exists()
+        list(resume_events(run_dir))
+    assert_same_run(run_dir, whole)

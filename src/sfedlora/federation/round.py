@@ -23,6 +23,7 @@ from sfedlora.federation.runners.workers import WorkersRunner
 from sfedlora.federation.sampling import choose_evaluated, sample_cohort
 from sfedlora.federation.schedule import learning_rate_at
 from sfedlora.federation.server_step import accept_updates, server_step
+from sfedlora.federation.spool import Spool, num_bytes, select_lazily
 from sfedlora.federation.state import (
     Federation,
     FederationState,
@@ -33,7 +34,7 @@ from sfedlora.federation.state import (
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.scaling import effective_clients
 from sfedlora.methods import broadcast_tensors, client_weights
-from sfedlora.types import Part, ServerState, Tensors, Update, part_of, select_parts
+from sfedlora.types import Part, ServerState, Tensors, Update, part_of
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -53,6 +54,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+SPOOLED_ABOVE = 2**28
+"""Bytes; where a cohort of clients each with as large an outcome as one has would exceed this, that one is spooled."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,10 @@ Event = RoundStarted | ClientTrained | ClientEvaluated | RoundFinished
 
 
 def run_rounds(
-    federation: Federation, state: FederationState, finished: Mapping[str, ClientOutcome] | None = None
+    federation: Federation,
+    state: FederationState,
+    finished: Mapping[str, ClientOutcome] | None = None,
+    spool: Spool | None = None,
 ) -> Iterator[Event]:
     """Run the rounds after `state` to the last one.
 
@@ -102,18 +108,21 @@ def run_rounds(
         federation: what stays the same.
         state: the state to go on from.
         finished: outcomes of clients that had already finished the next round when it was interrupted.
+        spool: where the outcomes of a large cohort wait, and then its clients in the state after the round, so it must
+            stay open as long as states are used; None keeps all in memory.
 
     Raises:
         RunError: every client of a cohort failed.
+        StorageError: the spool's disk is full.
     """
     done = dict(finished or {})
     while state.server.round_num < federation.rounds.num_rounds:
-        state = yield from run_round(federation, state, done)
+        state = yield from run_round(federation, state, done, spool)
         done = {}
 
 
 def run_round(
-    federation: Federation, state: FederationState, done: Mapping[str, ClientOutcome]
+    federation: Federation, state: FederationState, done: Mapping[str, ClientOutcome], spool: Spool | None = None
 ) -> Generator[Event, None, FederationState]:
     """Run the round after `state`; as `run_rounds`. Returns the state after it."""
     round_num = state.server.round_num + 1
@@ -130,15 +139,15 @@ def run_round(
     waiting = federation.runner.order(members, done)
     for client_id in sorted(done.keys() - set(waiting)):
         gains.append(gain_of(starting_adapter(federation, state, client_id), federation.sizes.of(client_id).scaling))
-        outcomes[client_id] = done[client_id]
-        yield ClientTrained(round_num, client_id, done[client_id], None)
+        outcomes[client_id] = _spooled(spool, done[client_id], len(cohort))
+        yield ClientTrained(round_num, client_id, outcomes[client_id], None)
     for result in federation.runner.run_cohort(_work_of(federation, state, waiting, gains)):
         if isinstance(result, ClientError):
             excluded[result.client_id] = result.reason
             yield ClientTrained(round_num, result.client_id, None, result)
         else:
-            outcomes[result.client_id] = result
-            yield ClientTrained(round_num, result.client_id, result, None)
+            outcomes[result.client_id] = _spooled(spool, result, len(cohort))
+            yield ClientTrained(round_num, result.client_id, outcomes[result.client_id], None)
     train_seconds = time.perf_counter() - clock
 
     clock = time.perf_counter()
@@ -220,6 +229,20 @@ def _work_of(
         yield work
 
 
+def _spooled(spool: Spool | None, outcome: ClientOutcome, cohort_size: int) -> ClientOutcome:
+    """The outcome with its tensors in the spool if a cohort of its like is too large for memory."""
+    size = num_bytes(outcome.tensors) + num_bytes(outcome.optimizer_state)
+    if spool is None or size * cohort_size <= SPOOLED_ABOVE:
+        return outcome
+    key = f"round {outcome.round_num}, {outcome.client_id}"  # its file may be wanted until the next round is stored
+    moments = outcome.optimizer_state
+    return replace(
+        outcome,
+        tensors=spool.put(key, outcome.tensors),
+        optimizer_state=spool.put(f"moments, {key}", moments) if moments else moments,
+    )
+
+
 def make_work(federation: Federation, state: FederationState, client_id: str) -> ClientWork:
     """What a client is to do in the round after `state`."""
     round_num = state.server.round_num + 1
@@ -251,7 +274,7 @@ def _server_step(
     round_num, rules = state.server.round_num + 1, server_rules(federation)
     shared = rules.method.shared_parts(round_num)
     replies = (
-        Update(client_id, round_num, outcome.num_examples, select_parts(outcome.tensors, shared))
+        Update(client_id, round_num, outcome.num_examples, select_lazily(outcome.tensors, shared))
         for client_id, outcome in sorted(outcomes.items())
     )
     updates, refused = accept_updates(rules, state.server, replies)
@@ -273,7 +296,8 @@ def with_outcomes(
         outcome = outcomes[client_id]
         untrained = parts - federation.method.trained_parts(outcome.round_num)
         before = state.personal.get(client_id, {}) if untrained else {}
-        personal[client_id] = {**before, **select_parts(outcome.tensors, parts)}
+        own = select_lazily(outcome.tensors, parts)
+        personal[client_id] = {**before, **own} if before else own
         if outcome.optimizer_state:
             moments[client_id] = outcome.optimizer_state
     return replace(
@@ -317,8 +341,3 @@ def _bytes_down(federation: Federation, before: ServerState, cohort: Sequence[st
         is_current, size = client_id in current, sizes.of(client_id)
         total += num_bytes(broadcast_tensors(method, before, is_current=is_current, server=sizes.server, client=size))
     return total
-
-
-def num_bytes(tensors: Tensors) -> int:
-    """Bytes of tensors as they are sent."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

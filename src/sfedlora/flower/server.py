@@ -13,7 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -191,9 +191,7 @@ def _take_up(config: RunConfig, output: Path, sites: Sites) -> tuple[PreparedSer
 class _Rounds:
     """Owner of a run while it runs: its directory, its sites, its scratch folder."""
 
-    def __init__(
-        self, server: PreparedServer, sites: Sites, directory: RunDirectory, scratch: Path, log: Log
-    ) -> None:
+    def __init__(self, server: PreparedServer, sites: Sites, directory: RunDirectory, scratch: Path, log: Log) -> None:
         self._server, self._sites, self._directory, self._scratch, self._log = server, sites, directory, scratch, log
         self._flower = server.config.flower
         self._writer = CheckpointWriter(directory.checkpoints)
@@ -524,4 +522,3 @@ def _describe(record: Mapping[str, Any], num_rounds: int) -> str:
     if record["excluded"]:
         parts.append(f"excluded {', '.join(record['excluded'])}")
     return f"round {record['round_num']}/{num_rounds}: {', '.join(parts)}"
-
