@@ -76,14 +76,26 @@ class SiteSettings:
     Attributes:
         config: the federation's configuration with the site's own paths, columns and device.
         digest: of the federation's configuration before that.
-        client: its client id; in a simulation the position of its client in client-id order.
+        client_id: its name; None: it plays all clients of a simulation.
         state_dir: where it keeps what never leaves it.
     """
 
     config: RunConfig
     digest: str
-    client: str | int
+    client_id: str | None
     state_dir: Path
+
+    def to_json(self) -> str:
+        """As text, for another process."""
+        plain = {"config": self.config.model_dump(mode="json"), "digest": self.digest}
+        return json.dumps(plain | {"client_id": self.client_id, "state_dir": str(self.state_dir)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> SiteSettings:
+        """Settings that `to_json` has written."""
+        plain = json.loads(text)
+        config = RunConfig.from_mapping(plain["config"])
+        return cls(config, plain["digest"], plain["client_id"], Path(plain["state_dir"]))
 
 
 class Site:
@@ -95,10 +107,15 @@ class Site:
         self._data: SiteData | None = None
         self._federation: Federation | None = None
 
-    def answer(self, envelope: Envelope) -> Envelope:
-        """Do what a message asks for; never raises."""
+    def answer(self, envelope: Envelope, position: int = 0) -> Envelope:
+        """Do what a message asks for; never raises.
+
+        Args:
+            envelope: the message.
+            position: in a simulation, which client is asked, counted in client-id order.
+        """
         try:
-            return self._answer(envelope)
+            return self._answer(envelope, position)
         except ClientError as error:
             _LOG.error("%s", error)
             return seal(Failure(code=_kind_of(error)))
@@ -113,16 +130,16 @@ class Site:
             _LOG.exception("the site could not answer")
             return seal(Failure(code="memory" if is_out_of_memory(error) else "internal"))
 
-    def _answer(self, envelope: Envelope) -> Envelope:
-        handlers: dict[str, Callable[[Envelope], Envelope]] = {"hello": self._hello, "round": self._round}
+    def _answer(self, envelope: Envelope, position: int) -> Envelope:
+        handlers: dict[str, Callable[[Envelope, str], Envelope]] = {"hello": self._hello, "round": self._round}
         try:
             kind = json.loads(envelope.facts)["kind"]
             handler = handlers[kind]
         except (ValueError, TypeError, KeyError, RecursionError):
             raise MessageError(f"expected a message of kind {' or '.join(handlers)}") from None
-        return handler(envelope)
+        return handler(envelope, self._client_id(position))
 
-    def _hello(self, envelope: Envelope) -> Envelope:
+    def _hello(self, envelope: Envelope, client_id: str) -> Envelope:
         request, settings = open_facts(envelope, HelloRequest), self._settings
         if request.protocol != PROTOCOL:
             raise MessageError(f"the server speaks version {request.protocol} of the protocol, this site {PROTOCOL}")
@@ -133,43 +150,43 @@ class Site:
         data = self._loaded()
         return seal(
             HelloReply(
-                client_id=data.client_id,
-                num_examples=len(data.split.train),
+                client_id=client_id,
+                num_examples=len(data.splits[client_id].train),
                 base_sha256=data.base.sha256,
                 dtype=data.base.dtype,
                 versions=library_versions(),
             )
         )
 
-    def _round(self, envelope: Envelope) -> Envelope:
+    def _round(self, envelope: Envelope, client_id: str) -> Envelope:
         request, data = open_facts(envelope, RoundRequest), self._loaded()
         if request.federation_id != self._settings.config.flower.federation_id:
             raise MessageError(f"a message for federation {request.federation_id!r}; this site belongs to another")
-        if request.client_id != data.client_id:
-            raise MessageError(f"a message for client {request.client_id!r}; this site is {data.client_id!r}")
-        store = SiteStore.at(self._settings.state_dir, request.federation_id, data.client_id)
+        if request.client_id != client_id:
+            raise MessageError(f"a message for client {request.client_id!r}; this site is {client_id!r}")
+        store = SiteStore.at(self._settings.state_dir, request.federation_id, client_id)
         if request.personal_round and request.personal_round not in store.rounds():
             raise _LostStateError
         federation = self._adapted(request)
         tensors = open_tensors(envelope, request.layout, None)
         state = _state_of(federation, request, tensors, store)
         federation = replace(federation, initial={**federation.initial, **_initial_of(federation, request, tensors)})
-        evaluated = {split: _evaluate(federation, state, data.client_id, split) for split in request.evaluate}
+        evaluated = {split: _evaluate(federation, state, client_id, split) for split in request.evaluate}
         if request.write_adapter:
             self._write_adapter(federation, state, request, store)
         reply = RoundReply(
-            client_id=data.client_id,
+            client_id=client_id,
             round_num=request.round_num,
-            num_examples=len(data.split.train),
+            num_examples=len(data.splits[client_id].train),
             trained=request.train,
             personal_round=request.personal_round,
             evaluated={split: _sent(result) for split, result in evaluated.items()} if request.metrics else {},
         )
         if not request.train:
             return seal(reply)
-        outcome, gain = _train(federation, state, data.client_id)
-        after = with_outcomes(federation, state, {data.client_id: outcome})
-        store.save(request.round_num, after.personal[data.client_id], after.optimizer.get(data.client_id, {}))
+        outcome, gain = _train(federation, state, client_id)
+        after = with_outcomes(federation, state, {client_id: outcome})
+        store.save(request.round_num, after.personal[client_id], after.optimizer.get(client_id, {}))
         store.keep({request.round_num, request.personal_round, *request.kept_rounds})
         if request.metrics:
             reply = reply.model_copy(update={"measured": _measured(outcome.metrics, gain)})
@@ -179,8 +196,19 @@ class Site:
     def _loaded(self) -> SiteData:
         if self._data is None:
             settings = self._settings
-            self._data = load_site(settings.config, settings.client, simulated=isinstance(settings.client, int))
+            self._data = load_site(settings.config, settings.client_id)
         return self._data
+
+    def _client_id(self, position: int) -> str:
+        if self._settings.client_id is not None:
+            return self._settings.client_id
+        client_ids = sorted(self._loaded().splits)
+        if position >= len(client_ids):
+            raise ConfigError(
+                f"simulated node {position} has no client: the partition makes {len(client_ids)}; give num-supernodes="
+                f"{len(client_ids)}"
+            )
+        return client_ids[position]
 
     def _adapted(self, request: RoundRequest) -> Federation:
         """The site's federation with the rank and gamma of a request."""
@@ -189,7 +217,7 @@ class Site:
         if self._federation is not None and self._federation.sizes.server.rank != request.rank:
             self._federation, self._data = None, None  # the base model is adapted in place, once
         if self._federation is None:
-            self._federation = adapt_site(self._loaded(), sizes=sizes, initial={})
+            self._federation = adapt_site(self._loaded(), sizes=sizes)
         self._federation = replace(self._federation, sizes=sizes)
         return self._federation
 
@@ -204,7 +232,7 @@ class Site:
             base_model_name=data.base.name_or_path,
             scaling_clients=request.scaling_clients,
         )
-        tensors = serving_adapter(federation, state, data.client_id)
+        tensors = serving_adapter(federation, state, request.client_id)
         write_served(store.path / "adapter", tensors, state.server.extra, federation.sizes.server, facts)
 
 
@@ -230,8 +258,8 @@ def _state_of(federation: Federation, request: RoundRequest, tensors: Tensors, s
     server = ServerState(request.round_num - 1, shared, extra)
     if not request.personal_round:
         return FederationState(server, {}, {})
-    [client_id] = federation.splits
     personal, moments = store.load(request.personal_round)
+    client_id = request.client_id
     return FederationState(server, {client_id: personal}, {client_id: moments} if moments else {})
 
 

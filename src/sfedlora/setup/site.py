@@ -1,7 +1,11 @@
-"""One site of a federation: its own examples, its own copy of the base model, the adapter that the server describes."""
+"""A site of a federation: its own examples, its own copy of the base model, the adapter that the server describes.
+
+In a simulation one process plays several sites, which then share the base model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +13,6 @@ import torch
 from sfedlora.config import RunConfig
 from sfedlora.data.encoded import EncodedData
 from sfedlora.data.splits import ClientSplit, split_client
-from sfedlora.errors import ConfigError
 from sfedlora.federation.state import Federation
 from sfedlora.lora.base_model import BaseModel, load_base_model
 from sfedlora.lora.inject import adapt
@@ -19,7 +22,7 @@ from sfedlora.setup.build import build_federation
 from sfedlora.setup.dataset import deal_examples, encode_examples, load_source
 from sfedlora.setup.resolve import resolve_device, resolve_rules
 from sfedlora.setup.server import site_label_names
-from sfedlora.types import LoraSizes, Tensors
+from sfedlora.types import LoraSizes
 
 __all__ = ["SiteData", "adapt_site", "load_site"]
 
@@ -29,31 +32,28 @@ class SiteData:
     """What a site has before the server says anything.
 
     Attributes:
-        client_id: its name.
         config: the federation's configuration, with the site's own paths and columns.
         method: the method.
         base: the base model, not adapted yet.
-        data: the site's encoded examples.
-        split: their split.
+        data: encoded examples.
+        splits: client id -> split of its examples; one client, or all of a simulation.
         num_sites: clients that the federation is meant to have.
     """
 
-    client_id: str
     config: RunConfig
     method: Method
     base: BaseModel
     data: EncodedData
-    split: ClientSplit
+    splits: Mapping[str, ClientSplit]
     num_sites: int
 
 
-def load_site(config: RunConfig, client_id: str | int, *, simulated: bool = False) -> SiteData:
+def load_site(config: RunConfig, client_id: str | None) -> SiteData:
     """Load a site's examples and the base model.
 
     Args:
         config: with the site's own source and columns.
-        client_id: the site's name; in a simulation the position of its client, in client-id order.
-        simulated: the site is one client of a partition of the source; otherwise all rows are its own.
+        client_id: the site's name; all rows are its own. None: a simulation, whose clients the partition makes.
 
     Raises:
         InputError: they cannot be used.
@@ -75,29 +75,25 @@ def load_site(config: RunConfig, client_id: str | int, *, simulated: bool = Fals
         seed=derive_seed(config.seed, "new_weights"),
     )
     data = encode_examples(config, examples, base, label_names)
-    num_sites = len(config.flower.sites or ()) or config.partition.num_clients or 1
-    if simulated:
+    if client_id is None:
         splits = deal_examples(config, examples, data)
-        client_id, num_sites = _chosen(sorted(splits), client_id), len(splits)
-        split = splits[client_id]
-    else:
-        groups = examples.column(config.data.group) if config.data.group is not None else None
-        client_id = str(client_id)
-        split = split_client(
-            range(len(data)), fractions=config.data.split, client_id=client_id, seed=config.seed, groups=groups
-        )
-    return SiteData(client_id, config, method, base, data, split, num_sites)
+        return SiteData(config, method, base, data, splits, len(splits))
+    groups = examples.column(config.data.group) if config.data.group is not None else None
+    own = split_client(
+        range(len(data)), fractions=config.data.split, client_id=client_id, seed=config.seed, groups=groups
+    )
+    num_sites = len(config.flower.sites or ()) or config.partition.num_clients or 1
+    return SiteData(config, method, base, data, {client_id: own}, num_sites)
 
 
-def adapt_site(site: SiteData, *, sizes: LoraSizes, initial: Tensors) -> Federation:
-    """The site as a federation of one client, with the adapter that the server describes.
+def adapt_site(site: SiteData, *, sizes: LoraSizes) -> Federation:
+    """The site's clients as a federation, with the adapter that the server describes.
 
     The base model of `site` is changed in place; load it again for another rank.
 
     Args:
         site: the site.
         sizes: `server` is the site's own rank and gamma, `draw_rank` the rank of random draws.
-        initial: factors that the site starts from and the server does not send every round (a head).
 
     Raises:
         InputError: model and configuration do not fit together.
@@ -119,20 +115,9 @@ def adapt_site(site: SiteData, *, sizes: LoraSizes, initial: Tensors) -> Federat
         resident=resident,
         base=site.base,
         data=site.data,
-        splits={site.client_id: site.split},
+        splits=site.splits,
         external={},
-        initial={**resident.read(), **initial},
+        initial=resident.read(),
         sizes=sizes,
         effective_clients=1.0,
     )
-
-
-def _chosen(client_ids: list[str], position: str | int) -> str:
-    if isinstance(position, str):
-        return position
-    if position >= len(client_ids):
-        raise ConfigError(
-            f"simulated node {position} has no client: the partition makes {len(client_ids)}; start num-supernodes="
-            f"{len(client_ids)}"
-        )
-    return client_ids[position]

@@ -1,0 +1,36 @@
+"""The app that Flower runs at the server."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from sfedlora.errors import SfedLoraError
+from sfedlora.flower.client_app import app_config
+from sfedlora.flower.exchange import GridExchange
+from sfedlora.flower.server import serve
+
+__all__ = ["make_server_app"]
+
+
+def make_server_app(config_path: Path) -> ServerApp:
+    """The server app of a configuration file that lies beside the app."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            config = app_config(config_path, context.run_config)
+            serve(config, GridExchange(grid), resume=bool(context.run_config.get("resume", False)), log=_say)
+        except SfedLoraError as error:
+            _say(f"failed: {error}")
+            raise
+
+    return app
+
+
+def _say(text: str) -> None:
+    print(f"{datetime.now(tz=UTC):%H:%M:%S} sfedlora: {text}", flush=True)
