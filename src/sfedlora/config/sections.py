@@ -331,8 +331,3 @@ class FlowerSection(Section):
     """
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of factors on their way. bfloat16 halves the traffic and rounds every factor on each way."""
-    trainer: Literal["process", "none"] = "process"
-    """process: each site keeps one process with the base model between messages. none: the model is loaded for every
-    message. Same results."""
-    trainer_idle_seconds: PositiveFloat | None = None
-    """When a trainer without work ends. null: twice the round deadline."""

@@ -1,28 +1,28 @@
-"""The app that Flower runs at a site: settings of the node, records in, records out."""
+"""The app that Flower runs at a site: records in, records out.
+
+Flower starts a process for each message. It hands the message to the site's trainer, which keeps the base model, or
+does the work itself (`trainer="none"` in the node's settings, and in simulations).
+"""
 
 from __future__ import annotations
 
-import re
-import shlex
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from sfedlora.config import RunConfig
-from sfedlora.errors import ConfigError, SfedLoraError
-from sfedlora.flower.protocol import Envelope, Failure, MessageError, config_digest, seal
+from sfedlora.errors import SfedLoraError
+from sfedlora.flower.envelope import Envelope, MessageError, failure
 from sfedlora.flower.records import from_records, to_records
-from sfedlora.flower.site import Site, SiteSettings
-from sfedlora.flower.trainer import ask_trainer
 
-__all__ = ["app_config", "make_client_app", "site_settings"]
+if TYPE_CHECKING:
+    from sfedlora.flower.site import Site
 
-_KEYS = ("client-id", "columns", "data", "device", "model", "state-dir", "trainer")
-_SIMULATION_KEYS = ("partition-id", "num-partitions")
+__all__ = ["make_client_app"]
 
 
 def make_client_app(config_path: Path) -> ClientApp:
@@ -40,75 +40,38 @@ def make_client_app(config_path: Path) -> ClientApp:
     return app
 
 
-def app_config(config_path: Path, run_config: Mapping[str, Any]) -> RunConfig:
-    """The federation's configuration: the file, then `overrides` and `output` of the run.
-
-    Raises:
-        ConfigError: one message that names the key.
-    """
-    overrides = shlex.split(str(run_config.get("overrides", "")))
-    output = str(run_config.get("output", ""))
-    return RunConfig.load(config_path, [*overrides, *([f"output={output}"] if output else [])])
-
-
-def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSettings:
-    """The settings of a site, from the configuration and what its node was started with (`--node-config`).
-
-    Raises:
-        ConfigError: a key is unknown or missing.
-    """
-    digest = config_digest(config)
-    unknown = sorted(node_config.keys() - {*_KEYS, *_SIMULATION_KEYS})
-    if unknown:
-        raise ConfigError(f"node config: unknown key {unknown[0]!r}; known keys: {', '.join(_KEYS)}")
-    if "client-id" not in node_config and "partition-id" in node_config:
-        return SiteSettings(config, digest, None, Path(f"{config.output}-sites"))
-    for key in ("client-id", "data", "state-dir"):
-        if not node_config.get(key):
-            raise ConfigError(f"node config: {key} is missing; start the node with --node-config '{key}=\"...\" ...'")
-    own: dict[str, Any] = {"data.source": str(node_config["data"])}
-    if "columns" in node_config:
-        own["data.columns"] = _columns(str(node_config["columns"]))
-    if "model" in node_config:
-        own["model.source"] = str(node_config["model"])
-    if "device" in node_config:
-        own["device"] = str(node_config["device"])
-    return SiteSettings(
-        config.with_values(own), digest, str(node_config["client-id"]), Path(str(node_config["state-dir"]))
-    )
-
-
 def _reply(message: Message, context: Context, config_path: Path) -> Message:
     return Message(to_records(_answer(message, context, config_path)), reply_to=message)
 
 
 def _answer(message: Message, context: Context, config_path: Path) -> Envelope:
+    node, run = dict(context.node_config), dict(context.run_config)
+    settings = json.dumps({"config": str(config_path), "run": run, "node": _without_position(node)}, sort_keys=True)
     try:
         envelope = from_records(message.content)
-        config = app_config(config_path, context.run_config)
-        settings = site_settings(config, context.node_config)
+        if "client-id" in node and node.get("trainer", "process") != "none":
+            from sfedlora.flower.trainer import ask_trainer
+
+            return ask_trainer(settings, envelope)
+        return _site(settings).answer(envelope, int(node.get("partition-id", 0)))
     except MessageError as error:
         print(f"sfedlora: {error}", flush=True)
-        return seal(Failure(code="message"))
+        return failure("message")
     except SfedLoraError as error:
         print(f"sfedlora: {error}", flush=True)
-        return seal(Failure(code="settings"))
-    if settings.client_id is not None and config.flower.trainer == "process":
-        return ask_trainer(settings, envelope)
-    return _site(settings.to_json()).answer(envelope, int(context.node_config.get("partition-id", 0)))
+        return failure("settings")
 
 
 @lru_cache(maxsize=1)
 def _site(settings: str) -> Site:
     """The site that this process played last: a simulation's processes play one client after the other."""
-    return Site(SiteSettings.from_json(settings))
+    from sfedlora.flower.site import open_site
+
+    return open_site(settings)
 
 
-def _columns(text: str) -> dict[str, str]:
-    """`prompt=question,response=answer` as a mapping."""
-    pairs = [part.split("=", 1) for part in re.split(r"\s*,\s*", text.strip()) if part]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise ConfigError(
-            f'node config: columns={text!r}; expected for example columns="prompt=question,response=answer"'
-        )
-    return {role.strip(): column.strip() for role, column in pairs}
+def _without_position(node: Mapping[str, object]) -> Mapping[str, object]:
+    """All nodes of a simulation share their settings, so that a process loads the base model once."""
+    if "client-id" in node:
+        return node
+    return {key: value for key, value in node.items() if key != "partition-id"}

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from sfedlora.flower.protocol import Envelope, MessageError
+from sfedlora.flower.envelope import Envelope, MessageError
 from sfedlora.flower.records import from_records, to_records
 
 __all__ = ["Exchange", "GridExchange", "Kind", "Lost"]

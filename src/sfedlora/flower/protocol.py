@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from sfedlora.config import RunConfig
-from sfedlora.errors import SfedLoraError
+from sfedlora.flower.envelope import ITEM_BYTES, Envelope, MessageError, WireDtype
 from sfedlora.types import Tensors
 
 __all__ = [
@@ -49,29 +48,9 @@ MAX_FACTS_BYTES = 8_000_000
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
-WireDtype = Literal["float32", "bfloat16"]
 FailureCode = Literal[
     "settings", "data", "model", "state", "lost-state", "training", "diverged", "memory", "message", "internal"
 ]
-
-
-class MessageError(SfedLoraError):
-    """A message that the receiver refuses."""
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """One message.
-
-    Attributes:
-        facts: a JSON object.
-        dtype: of the flat array.
-        data: the flat array, little-endian.
-    """
-
-    facts: str
-    dtype: WireDtype = "float32"
-    data: bytes = b""
 
 
 class _Facts(BaseModel):
@@ -268,7 +247,7 @@ def open_tensors(
     if envelope.dtype not in _DTYPES:
         raise MessageError(f"number format {envelope.dtype!r}; expected one of {', '.join(_DTYPES)}")
     dtype = _DTYPES[envelope.dtype]
-    num_bytes = sum(math.prod(shape) for shape in stated.values()) * dtype.itemsize
+    num_bytes = sum(math.prod(shape) for shape in stated.values()) * ITEM_BYTES[envelope.dtype]
     if num_bytes != len(envelope.data):
         raise MessageError(f"{len(envelope.data)} bytes of factors; the layout needs {num_bytes}")
     if not num_bytes:

@@ -9,19 +9,18 @@ from typing import Any, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from sfedlora.flower.protocol import Envelope, MessageError, WireDtype
+from sfedlora.flower.envelope import ITEM_BYTES, Envelope, MessageError, WireDtype
 
 __all__ = ["from_records", "to_records"]
 
 _FACTS, _FACTORS, _FLAT = "sfedlora", "factors", "flat"
 _RAW = "sfedlora.flat"
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def to_records(envelope: Envelope) -> RecordDict:
     """An envelope as Flower's records."""
     facts = ConfigRecord({"facts": envelope.facts})
-    shape = (len(envelope.data) // _ITEM_BYTES[envelope.dtype],)
+    shape = (len(envelope.data) // ITEM_BYTES[envelope.dtype],)
     flat = Array(dtype=envelope.dtype, shape=shape, stype=_RAW, data=envelope.data)
     return RecordDict({_FACTS: facts, _FACTORS: ArrayRecord({_FLAT: flat})})
 

@@ -9,9 +9,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from sfedlora.errors import SfedLoraError
-from sfedlora.flower.client_app import app_config
 from sfedlora.flower.exchange import GridExchange
 from sfedlora.flower.server import serve
+from sfedlora.flower.settings import app_config
 
 __all__ = ["make_server_app"]
 

@@ -10,13 +10,12 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from sfedlora.artifacts import adapter_facts, write_served
-from sfedlora.config import RunConfig
 from sfedlora.errors import (
     ClientError,
     ConfigError,
@@ -48,13 +47,14 @@ from sfedlora.flower.protocol import (
     open_tensors,
     seal,
 )
+from sfedlora.flower.settings import SiteSettings, app_config, site_settings
 from sfedlora.flower.site_store import SiteStore
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.setup.environment import library_versions
 from sfedlora.setup.site import SiteData, adapt_site, load_site
 from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, select_parts
 
-__all__ = ["EXTRA", "INITIAL", "SHARED", "Site", "SiteSettings"]
+__all__ = ["EXTRA", "INITIAL", "SHARED", "Site", "open_site"]
 
 _LOG = logging.getLogger(__name__)
 SHARED, EXTRA, INITIAL = "shared/", "extra/", "initial/"
@@ -67,35 +67,6 @@ _FAILURES: tuple[tuple[type[Exception], FailureCode], ...] = (
     (InputError, "settings"),
     (StorageError, "state"),
 )
-
-
-@dataclass(frozen=True)
-class SiteSettings:
-    """What a site is started with.
-
-    Attributes:
-        config: the federation's configuration with the site's own paths, columns and device.
-        digest: of the federation's configuration before that.
-        client_id: its name; None: it plays all clients of a simulation.
-        state_dir: where it keeps what never leaves it.
-    """
-
-    config: RunConfig
-    digest: str
-    client_id: str | None
-    state_dir: Path
-
-    def to_json(self) -> str:
-        """As text, for another process."""
-        plain = {"config": self.config.model_dump(mode="json"), "digest": self.digest}
-        return json.dumps(plain | {"client_id": self.client_id, "state_dir": str(self.state_dir)}, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> SiteSettings:
-        """Settings that `to_json` has written."""
-        plain = json.loads(text)
-        config = RunConfig.from_mapping(plain["config"])
-        return cls(config, plain["digest"], plain["client_id"], Path(plain["state_dir"]))
 
 
 class Site:
@@ -240,6 +211,19 @@ def _kind_of(error: ClientError) -> FailureCode:
     if "emory" in error.reason:
         return "memory"
     return "diverged" if "NaN" in error.reason else "training"
+
+
+def open_site(settings: str) -> Site:
+    """The site of an app.
+
+    Args:
+        settings: JSON of the configuration's path, the run's settings and the node's.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    given = json.loads(settings)
+    return Site(site_settings(app_config(Path(given["config"]), given["run"]), given["node"]))
 
 
 class _LostStateError(SfedLoraError):

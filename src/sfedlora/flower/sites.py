@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sfedlora.errors import RunError
 from sfedlora.flower.exchange import Exchange, Lost
 from sfedlora.flower.protocol import Envelope, HelloReply, MessageError, open_facts, open_failure
 
-__all__ = ["SiteRecord", "Sites"]
+__all__ = ["Log", "SiteRecord", "Sites"]
 
+Log = Callable[[str], None]
 NOT_CONNECTED = "not connected"
 LATE = "no answer before the deadline"
 
@@ -29,8 +30,8 @@ class SiteRecord:
     """
 
     num_examples: int
-    dtype: str
-    versions: Mapping[str, str]
+    dtype: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
     accepted_round: int = 0
 
     def plain(self) -> dict[str, Any]:
@@ -56,26 +57,21 @@ class Sites:
             allowed: client ids that may take part; None: all.
             log: takes one line of text.
         """
-        self._exchange, self._hello, self._base_sha256, self._allowed, self._log = (
-            exchange,
-            hello,
-            base_sha256,
-            allowed,
-            log,
-        )
+        self._exchange, self._hello, self._log = exchange, hello, log
+        self._base_sha256, self._allowed = base_sha256, allowed
         self._greetings: dict[int, str] = {}  # node -> id of a greeting under way
         self._refused: set[int] = set()
         self._node_of: dict[str, int] = {}
         self.known: dict[str, SiteRecord] = {}
 
-    def wait_for(self, expected: Callable[[], bool], *, enough: int, seconds: float) -> None:
-        """Greet nodes until the expected sites have reported, or the time is over and enough of them have.
+    def wait_for(self, expected: int, *, enough: int, seconds: float) -> None:
+        """Greet nodes until so many sites are connected, or the time is over and enough of them are.
 
         Raises:
             RunError: not enough did.
         """
         end = time.monotonic() + seconds
-        while not expected():
+        while len(self.connected()) < expected:
             self.greet(seconds=max(1.0, end - time.monotonic()))
             self._hear()
             if time.monotonic() > end:
@@ -153,12 +149,22 @@ class Sites:
             reply = open_facts(answer, HelloReply)
         except MessageError as error:
             return str(error)
-        client_id = reply.client_id
+        refusal = self._refusal(node, reply)
+        if not refusal:
+            client_id, before = reply.client_id, self.known.get(reply.client_id)
+            self._node_of[client_id] = node
+            site = before or SiteRecord(reply.num_examples)
+            self.known[client_id] = replace(site, dtype=reply.dtype, versions=reply.versions)
+            self._log(f"site {client_id!r} has joined with {reply.num_examples} training examples")
+        return refusal
+
+    def _refusal(self, node: int, reply: HelloReply) -> str:
+        """Why a node cannot be the client that it says it is; empty where it can."""
+        client_id, before = reply.client_id, self.known.get(reply.client_id)
         if self._allowed is not None and client_id not in self._allowed:
             return f"client id {client_id!r} is not in flower.sites"
         if reply.base_sha256 != self._base_sha256:
             return f"client {client_id!r} has a base model with other weights than the server's"
-        before = self.known.get(client_id)
         if self._node_of.get(client_id, node) != node and self._node_of[client_id] in self._exchange.nodes():
             return f"client id {client_id!r} belongs to another node, which is connected"
         if before is not None and before.num_examples != reply.num_examples:
@@ -166,12 +172,4 @@ class Sites:
                 f"client {client_id!r} had {before.num_examples} training examples and now states "
                 f"{reply.num_examples}; a federation needs the same data from its first round to its last"
             )
-        self._node_of[client_id] = node
-        self.known[client_id] = replace(
-            before or SiteRecord(reply.num_examples, "", {}), dtype=reply.dtype, versions=reply.versions
-        )
-        self._log(f"site {client_id!r} has joined with {reply.num_examples} training examples")
         return ""
-
-
-Log = Callable[[str], None]

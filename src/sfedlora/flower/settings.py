@@ -1,0 +1,84 @@
+"""What an app runs with: its configuration file, what `flwr run -c` gives, and what a node was started with."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfedlora.config import RunConfig
+from sfedlora.errors import ConfigError
+from sfedlora.flower.protocol import config_digest
+
+__all__ = ["SiteSettings", "app_config", "site_settings"]
+
+_KEYS = ("client-id", "columns", "data", "device", "model", "state-dir", "trainer", "trainer-idle-seconds")
+_SIMULATION_KEYS = ("partition-id", "num-partitions")
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """What a site is started with.
+
+    Attributes:
+        config: the federation's configuration with the site's own paths, columns and device.
+        digest: of the federation's configuration before that.
+        client_id: its name; None: it plays all clients of a simulation.
+        state_dir: where it keeps what never leaves it.
+    """
+
+    config: RunConfig
+    digest: str
+    client_id: str | None
+    state_dir: Path
+
+
+def app_config(config_path: Path, run_config: Mapping[str, Any]) -> RunConfig:
+    """The federation's configuration: the file, then `overrides` and `output` of the run.
+
+    Raises:
+        ConfigError: one message that names the key.
+    """
+    overrides = shlex.split(str(run_config.get("overrides", "")))
+    output = str(run_config.get("output", ""))
+    return RunConfig.load(config_path, [*overrides, *([f"output={output}"] if output else [])])
+
+
+def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSettings:
+    """The settings of a site, from the configuration and what its node was started with (`--node-config`).
+
+    Raises:
+        ConfigError: a key is unknown or missing.
+    """
+    digest = config_digest(config)
+    unknown = sorted(node_config.keys() - {*_KEYS, *_SIMULATION_KEYS})
+    if unknown:
+        raise ConfigError(f"node config: unknown key {unknown[0]!r}; known keys: {', '.join(_KEYS)}")
+    if "client-id" not in node_config and "num-partitions" in node_config:
+        return SiteSettings(config, digest, None, Path(f"{config.output}-sites"))
+    for key in ("client-id", "data", "state-dir"):
+        if not node_config.get(key):
+            raise ConfigError(f"node config: {key} is missing; start the node with --node-config '{key}=\"...\" ...'")
+    own: dict[str, Any] = {"data.source": str(node_config["data"])}
+    if "columns" in node_config:
+        own["data.columns"] = _columns(str(node_config["columns"]))
+    if "model" in node_config:
+        own["model.source"] = str(node_config["model"])
+    if "device" in node_config:
+        own["device"] = str(node_config["device"])
+    return SiteSettings(
+        config.with_values(own), digest, str(node_config["client-id"]), Path(str(node_config["state-dir"]))
+    )
+
+
+def _columns(text: str) -> dict[str, str]:
+    """`prompt=question,response=answer` as a mapping."""
+    pairs = [part.split("=", 1) for part in re.split(r"\s*,\s*", text.strip()) if part]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise ConfigError(
+            f'node config: columns={text!r}; expected for example columns="prompt=question,response=answer"'
+        )
+    return {role.strip(): column.strip() for role, column in pairs}
