@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sfedlora.cli import compare, demo, evaluate, export, report, resume, run
+from sfedlora.cli import compare, demo, evaluate, export, flower, report, resume, run
 
 __all__ = ["app"]
 
@@ -22,3 +22,4 @@ app.command()(report.report)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.command()(demo.demo)
+app.add_typer(flower.app, name="flower")

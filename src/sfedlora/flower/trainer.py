@@ -132,6 +132,7 @@ def main() -> None:
         os.umask(0o077)
         listener.bind(str(path))
         listener.listen()
+        _LOG.info("trainer of site %s, process %d", json.loads(settings)["node"]["client-id"], os.getpid())
         try:
             _serve(listener, site, idle_seconds)
         finally:
