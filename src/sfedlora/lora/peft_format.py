@@ -67,6 +67,7 @@ def save_adapter(
     task: Literal["causal-lm", "sequence-classification"],
     base_model_name: str,
     target_suffixes: Sequence[str] | None = None,
+    private: bool = False,
 ) -> None:
     """Write one adapter; each of the two files appears whole and on the disk, or not at all.
 
@@ -85,6 +86,7 @@ def save_adapter(
         base_model_name: what stock `from_pretrained` loads the base model by.
         target_suffixes: how `target_modules` names the targets (`ResidentModel.target_suffixes`); None writes their
             full paths, which means the same.
+        private: the directory and its files are open to their owner alone, whatever the umask.
 
     Raises:
         AdapterError: factors that are unknown, missing, of another shape, not floating point or not finite.
@@ -114,9 +116,9 @@ def save_adapter(
             described = (Path(scratch) / _CONFIG).read_bytes()
     except OSError as error:
         raise StorageError(f"{tempfile.gettempdir()}: cannot be written ({error.strerror}); free space?") from None
-    make_directory(directory)
-    write_bytes(directory / _WEIGHTS, content)
-    write_bytes(directory / _CONFIG, described)
+    make_directory(directory, private=private)
+    write_bytes(directory / _WEIGHTS, content, private=private)
+    write_bytes(directory / _CONFIG, described, private=private)
 
 
 def load_adapter(directory: Path, *, layout: AdapterLayout) -> LoadedAdapter:
