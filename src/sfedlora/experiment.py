@@ -147,6 +147,7 @@ def resume_events(run_dir: Path) -> Iterator[RunEvent]:
     """The events of a run that goes on, ending with its `RunResult`."""
     directory = RunDirectory.open(run_dir)
     if directory.summary():
+        directory.remove_stale_owner()
         yield RunResult(run_dir, directory.summary(), tuple(directory.metrics()))
         return
     with directory.owned(), _threads_restored():
@@ -194,6 +195,7 @@ def _go_on(directory: RunDirectory, prepared: Prepared) -> Iterator[RunEvent]:
     if checkpoint is None:
         checkpoint = yield from _begin(prepared, writer)
     checkpoint = with_kept_best(checkpoint, recovered.kept, directory.metrics())
+    writer.drop(checkpoint.progress["best_round"])
     for record in directory.metrics()[-1:]:
         recorded = record.get("clients_per_batch")  # absent in runs of earlier versions
         if isinstance(recorded, int):

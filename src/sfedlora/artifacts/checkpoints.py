@@ -219,12 +219,15 @@ class CheckpointWriter:
                 old = files.index.get(client_id)
                 if old is not None and old.round_num < round_num and client_id in tensors[kind]:
                     self._superseded.append(_Superseded(path_of(files, client_id), old.round_num, round_num - 1))
-        self._drop(best_round)
+        self.drop(best_round)
         remove_partial(self._checkpoints.path)
         return _on_disk(state.server, self._clients)
 
-    def _drop(self, best_round: int | None) -> None:
-        """Remove the rounds that are not kept, then the clients' files that only they needed."""
+    def drop(self, best_round: int | None) -> None:
+        """Remove the rounds that are not kept, then the clients' files that only they needed.
+
+        `save` does that; whoever goes on from a process that was killed in between does it first.
+        """
         rounds = self._checkpoints.rounds()
         kept = {*rounds[-2:], best_round}
         for round_num in rounds:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,9 @@ class RunDirectory:
         cls.check_free(path)
         existed = path.is_dir()
         try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output: {path} cannot be made ({error.strerror}); choose another output") from None
+            make_directory(path)
+        except StorageError as error:
+            raise ConfigError(f"output: {error}; or choose another output") from None
         try:
             with owned(path):
                 cls.check_free(path)  # nobody else made a run here meanwhile
@@ -154,6 +154,12 @@ class RunDirectory:
         """
         with owned(self.path):
             yield
+
+    def remove_stale_owner(self) -> None:
+        """Remove the name of an owner that was killed when all but that was done; a living one keeps it."""
+        if (self.path / OWNER_FILE).exists():
+            with suppress(InputError, StorageError), self.owned():
+                pass
 
     def config(self) -> RunConfig:
         """The resolved configuration."""
