@@ -27,12 +27,14 @@ class Plan:
     """Which faults are tried.
 
     Attributes:
-        share: share of the fault points of each kind, 1 for all.
+        share: share of the fault points that are tried, 1 for all.
+        power_share: share of the operations at which power is lost, too.
         random_times: kills at random times besides.
         seed: of the choice, the random times and the second kills.
     """
 
     share: float = 1.0
+    power_share: float = 1.0
     random_times: int = 0
     seed: int = 0
 
@@ -83,9 +85,9 @@ def campaign(victim: Victim, work: Path, plan: Plan, say: Callable[[str], None])
         raise RuntimeError(f"the program fails without any fault:\n{(work / 'error.txt').read_text(encoding='utf-8')}")
     expected = victim.result(whole)
     faults = list(_faults(life))
-    counts = Counts(fault_points=len(faults))
+    counts = Counts(fault_points=sum(not fault.power_loss for fault in faults))
     rng = random.Random(plan.seed)  # noqa: S311 - a choice of tests
-    chosen = [fault for fault in faults if rng.random() < plan.share]
+    chosen = [fault for fault in faults if rng.random() < (plan.power_share if fault.power_loss else plan.share)]
     chosen += [Fault("time", rng.uniform(0.05, 1.0) * life.seconds) for _ in range(plan.random_times)]
     for fault in chosen:
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,7 @@ def main() -> int:
     """Run the chosen scenes; 1 where anything differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="share of the fault points (1: all)")
+    parser.add_argument("--power-share", type=float, default=1.0, help="share of the operations at which power is lost")
     parser.add_argument("--random-times", type=int, default=0, help="kills at random times, per scene")
     parser.add_argument("--scene", action="append", choices=list(SCENES), help="only this scene; may be repeated")
     parser.add_argument("--work", type=Path, help="folder for the runs; one in memory makes syncs fast (/dev/shm)")
@@ -33,7 +34,7 @@ def main() -> int:
     for number, name in enumerate(scenes):
         begin = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="sfedlora-crash-", dir=arguments.work) as work:
-            plan = Plan(arguments.share, arguments.random_times, arguments.seed + number)
+            plan = Plan(arguments.share, arguments.power_share, arguments.random_times, arguments.seed + number)
             counts = campaign(SCENES[name], Path(work) / "scene", plan, lambda line: print(f"  {line}", flush=True))
         total.add(counts)
         print(f"{name}: {_line(counts)}, {time.monotonic() - begin:.0f} s", flush=True)

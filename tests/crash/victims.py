@@ -12,6 +12,7 @@ from sfedlora import RunConfig
 from sfedlora.errors import Interrupted
 from sfedlora.experiment import resume_events, run_events
 from sfedlora.federation.round import ClientTrained
+from sfedlora.setup import prepare
 from support.command_line import write_config
 from support.sentiment import write_sentiment
 
@@ -21,7 +22,8 @@ __all__ = ["SCENES", "Run", "Victim"]
 class Victim(Protocol):
     """A program that can be killed and started again.
 
-    `prepare` runs once in the parent, `start` in a child for every life of the program: it begins, or goes on with what
+    `prepare` runs once in the parent (what it imports, no child imports again; it must not train, since a process that
+    did cannot be forked), `start` in a child for every life of the program: it begins, or goes on with what
     it finds in the folder, and yields at every boundary worth a kill. `result` is what must be equal in the end.
     """
 
@@ -52,12 +54,13 @@ class Run:
     stop_after: int | None = None
 
     def prepare(self, shared: Path) -> None:
-        sections = {"rounds": {"num_rounds": 2, "cohort_size": 2}, **self.sections}
+        few = {"rounds": {"num_rounds": 2, "cohort_size": 2}, "evaluation": {"clients": "cohort"}, **self.sections}
         if self.sentiment:
-            write_sentiment(shared, **{**sections, "evaluation": {"batch_size": 32}})
+            write_sentiment(shared, **few)
         else:
             lora = {"rank": 2, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-            write_config(shared / "run.yaml", data={"max_length": 24}, lora=lora, **sections)
+            write_config(shared / "run.yaml", data={"max_length": 16}, lora=lora, **few)
+        prepare(RunConfig.load(shared / "run.yaml", [*self.overrides, f"output={shared / 'never'}"]))
 
     def start(self, shared: Path, folder: Path) -> Iterator[object]:
         if (folder / "config.yaml").is_file():
