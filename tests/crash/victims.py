@@ -96,7 +96,12 @@ SCENES: Mapping[str, Victim] = {
     "fedex, serial": Run(overrides=("preset=fedex-lora", "runner=serial")),
     "fedex, stacks": Run(overrides=("preset=fedex-lora", "runner=batched")),
     "fedit with fedadam, serial": Run(
-        overrides=("preset=fedit", "runner=serial", "rounds.server_optimizer=fedadam", "rounds.server_learning_rate=0.01")
+        overrides=(
+            "preset=fedit",
+            "runner=serial",
+            "rounds.server_optimizer=fedadam",
+            "rounds.server_learning_rate=0.01",
+        )
     ),
     "fedit with fedavgm, stacks": Run(overrides=("preset=fedit", "runner=batched", "rounds.server_optimizer=fedavgm")),
     "local, serial": Run(overrides=("preset=null", "method.name=local", "lora.scaling=rslora", "runner=serial")),
