@@ -101,7 +101,7 @@ def campaign(victim: Victim, work: Path, plan: Plan, say: Callable[[str], None])
             counts.kills += 1
             counts.resumes_killed += 1
             counts.power_losses += second.power_loss
-        problem = _finish(victim, shared, folder, expected, work, counts)
+        problem = _finish(victim, work, expected, counts)
         if problem:
             at = life.points[int(fault.at)] if fault.kind in ("operation", "torn") else ""
             then = f", then {second}" if killed_again is not None else ""
@@ -120,12 +120,11 @@ def _faults(life: _Life) -> Iterator[Fault]:
         yield Fault("boundary", number)
 
 
-def _finish(
-    victim: Victim, shared: Path, folder: Path, expected: Mapping[str, bytes], work: Path, counts: Counts
-) -> str:
+def _finish(victim: Victim, work: Path, expected: Mapping[str, bytes], counts: Counts) -> str:
     """Start the program until it has ended well; what is wrong then, or nothing."""
+    folder = work / "run"
     for _ in range(2):  # one that stops itself goes on once more
-        life = _live(victim, shared, folder, None, work)
+        life = _live(victim, work / "shared", folder, None, work)
         counts.resumes += 1
         if life.code:
             return f"does not go on (exit {life.code}): {(work / 'error.txt').read_text(encoding='utf-8')}"
@@ -171,6 +170,6 @@ def _child(victim: Victim, shared: Path, folder: Path, fault: Fault | None, work
         content = {"points": [(p.operation, p.path) for p in watched.points], "num_boundaries": watched.num_boundaries}
         (work / "report.json").write_text(json.dumps(content), encoding="utf-8")
         os._exit(0)
-    except BaseException:  # noqa: BLE001 - a child must never run on in its parent's code
+    except BaseException:  # a child must never run on in its parent's code
         (work / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sfedlora.cli import compare, demo, evaluate, export, report, resume, run
+from sfedlora.cli import compare, demo, evaluate, export, report, resume, run, verify
 
 __all__ = ["app"]
 
@@ -21,4 +21,5 @@ app.command()(resume.resume)
 app.command()(report.report)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
+app.command()(verify.verify)
 app.command()(demo.demo)
