@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,15 @@ import torch
 from sfedlora.artifacts import (
     Checkpoint,
     CheckpointWriter,
+    Recovered,
     RunDirectory,
     WriteBehind,
     adapter_facts,
     load_partial,
+    newest_intact,
+    remove_partial,
     save_partial,
+    with_kept_best,
     write_served,
 )
 from sfedlora.config import RunConfig
@@ -51,6 +56,7 @@ from sfedlora.federation.state import Federation, FederationState, initial_state
 from sfedlora.setup import Prepared, prepare
 
 __all__ = [
+    "FLOWER",
     "RunEvent",
     "RunPrepared",
     "RunResult",
@@ -63,6 +69,10 @@ __all__ = [
     "with_best",
     "write_adapter",
 ]
+
+
+FLOWER = "flower"
+"""Key of environment.json that a server across sites writes."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +139,11 @@ def run_events(config: RunConfig) -> Iterator[RunEvent]:
     RunDirectory.check_free(output)
     with _threads_restored():
         prepared = prepare(config)
-        with running(prepared.federation.runner):
-            environment = {**prepared.environment, "config_sha256": config_digest(prepared.config)}
-            directory = RunDirectory.create(output, prepared.config, environment, prepared.partition)
+        environment = {**prepared.environment, "config_sha256": config_digest(prepared.config.model_dump(mode="json"))}
+        with (
+            running(prepared.federation.runner),
+            RunDirectory.created(output, prepared.config, environment, prepared.partition) as directory,
+        ):
             yield RunPrepared(prepared, output, 1)
             writer = CheckpointWriter(directory.checkpoints)
             checkpoint = yield from _begin(prepared, writer)
@@ -142,43 +154,91 @@ def resume_events(run_dir: Path) -> Iterator[RunEvent]:
     """The events of a run that goes on, ending with its `RunResult`."""
     directory = RunDirectory.open(run_dir)
     if directory.summary():
+        directory.remove_stale_owner()
         yield RunResult(run_dir, directory.summary(), tuple(directory.metrics()))
         return
-    config = directory.config()
-    _require_same_config(directory, config)
-    with _threads_restored():
+    with directory.owned(), _threads_restored():
+        directory.check_usable()
+        _require_local(directory)
+        config = directory.config()
+        _require_same_config(directory)
         prepared = prepare(_with_output(config, run_dir))
         _require_same(directory, prepared)
         with running(prepared.federation.runner):
-            directory.remove_leftovers()
-            checkpoints = directory.checkpoints
-            rounds = checkpoints.rounds()
-            yield RunPrepared(prepared, run_dir, rounds[-1] + 1 if rounds else 1)
-            writer = CheckpointWriter(checkpoints)
-            checkpoint = checkpoints.load(rounds[-1]) if rounds else (yield from _begin(prepared, writer))
-            round_num = checkpoint.state.server.round_num
-            directory.drop_metrics_after(round_num)
-            for record in directory.metrics()[-1:]:
-                recorded = record.get("clients_per_batch")  # absent in runs of earlier versions
-                if isinstance(recorded, int):
-                    prepared.federation.runner.stack_at_most(recorded)
-            yield from _drive(directory, prepared, writer, checkpoint, load_partial(checkpoints.path, round_num + 1))
+            yield from _go_on(directory, prepared)
 
 
 def load_state(run_dir: Path, round_num: int | None = None) -> tuple[Prepared, FederationState]:
-    """Rebuild a run's federation and the state after one of its kept rounds (None: the last).
+    """Rebuild a run's federation and the state after one of its kept rounds (None: the last that is intact).
 
     Raises:
         InputError: no run directory, a round without checkpoint, or data or model have changed since.
+        StorageError: the checkpoint is damaged.
     """
     directory = RunDirectory.open(run_dir)
-    rounds = directory.checkpoints.rounds()
-    chosen = round_num if round_num is not None else (rounds[-1] if rounds else None)
-    if chosen not in rounds or chosen is None:
-        raise InputError(f"{run_dir}: no checkpoint of round {chosen}; kept are rounds {rounds}")
+    directory.check_usable()
+    _require_local(directory)
+    checkpoints = directory.checkpoints
+    rounds = checkpoints.rounds()
+    if not rounds or (round_num is not None and round_num not in rounds):
+        raise InputError(f"{run_dir}: no checkpoint of round {round_num}; kept are rounds {rounds}")
+    checkpoint = _newest(directory).checkpoint if round_num is None else checkpoints.verify(round_num, set())
     prepared = prepare(_with_output(directory.config(), run_dir))
     _require_same(directory, prepared)
-    return prepared, directory.checkpoints.load(chosen).state
+    return prepared, _known(checkpoint).state
+
+
+def _require_local(directory: RunDirectory) -> None:
+    """Refuse the directory of a server across sites: examples, B and heads are at the sites."""
+    if FLOWER in directory.environment():
+        raise InputError(
+            f"{directory.path}: holds the server's part of a run across sites, which cannot be resumed or evaluated "
+            "here; go on with `flwr run ... -c 'resume=true'`, or use the adapters of the sites"
+        )
+
+
+def _go_on(directory: RunDirectory, prepared: Prepared) -> Iterator[RunEvent]:
+    """The events of a run after its newest intact checkpoint."""
+    recovered = _newest(directory)
+    checkpoints = directory.checkpoints
+    for round_num in recovered.damaged:
+        checkpoints.remove(round_num)
+    directory.remove_leftovers()
+    checkpoint = recovered.checkpoint
+    round_num = 0 if checkpoint is None else checkpoint.state.server.round_num
+    yield RunPrepared(prepared, directory.path, round_num + 1)
+    directory.drop_metrics_after(round_num)
+    directory.require_metrics_to(round_num)
+    writer = CheckpointWriter(checkpoints)
+    if checkpoint is None:
+        checkpoint = yield from _begin(prepared, writer)
+    checkpoint = with_kept_best(checkpoint, recovered.kept, directory.metrics())
+    writer.drop(checkpoint.progress["best_round"])
+    for record in directory.metrics()[-1:]:
+        recorded = record.get("clients_per_batch")  # absent in runs of earlier versions
+        if isinstance(recorded, int):
+            prepared.federation.runner.stack_at_most(recorded)
+    yield from _drive(directory, prepared, writer, checkpoint, _partial_outcomes(directory, round_num + 1))
+
+
+def _newest(directory: RunDirectory) -> Recovered:
+    """What is intact of a run's checkpoints; a damaged one is told."""
+    recovered = newest_intact(directory.checkpoints)
+    warning = recovered.warning()
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return recovered
+
+
+def _partial_outcomes(directory: RunDirectory, round_num: int) -> dict[str, ClientOutcome]:
+    """Outcomes kept for an interrupted round; none if they are damaged: those clients train again, to the same bits."""
+    path = directory.checkpoints.path
+    try:
+        return load_partial(path, round_num)
+    except StorageError as error:
+        remove_partial(path)
+        warnings.warn(f"the clients of the interrupted round train again: {error}", stacklevel=2)
+        return {}
 
 
 def _with_output(config: RunConfig, run_dir: Path) -> RunConfig:
@@ -186,10 +246,13 @@ def _with_output(config: RunConfig, run_dir: Path) -> RunConfig:
     return config.with_values({"output": str(run_dir)})
 
 
-def write_adapter(prepared: Prepared, state: FederationState, client_id: str | None, directory: Path) -> None:
+def write_adapter(
+    prepared: Prepared, state: FederationState, client_id: str | None, directory: Path, *, private: bool = False
+) -> None:
     """Write what a client serves (None: the shared factors) as a stock PEFT directory.
 
-    Base deltas are joined to the adapter; its gamma is then 1 and its rank that of both together.
+    Base deltas are joined to the adapter; its gamma is then 1 and its rank that of both together. A private directory
+    is open to its owner alone, whatever the umask.
     """
     federation = prepared.federation
     size, tensors = federation.sizes.server, {**federation.initial, **state.server.shared}
@@ -202,7 +265,7 @@ def write_adapter(prepared: Prepared, state: FederationState, client_id: str | N
         base_model_name=prepared.base.name_or_path,
         scaling_clients=prepared.scaling_clients,
     )
-    write_served(directory, tensors, state.server.extra, size, facts)
+    write_served(directory, tensors, state.server.extra, size, facts, private=private)
 
 
 def _begin(prepared: Prepared, writer: CheckpointWriter) -> Generator[ClientEvaluated, None, Checkpoint]:
@@ -283,8 +346,9 @@ def _finish(
 ) -> Iterator[RunEvent]:
     """Write the adapters, evaluate last and best round on test, write the summary."""
     federation = prepared.federation
+    directory.make_client_adapters()
     for client_id in (None, *sorted(state.personal)):
-        write_adapter(prepared, state, client_id, directory.adapter_path(client_id))
+        write_adapter(prepared, state, client_id, directory.adapter_path(client_id), private=client_id is not None)
     last = yield from _evaluate_both(federation, state)
     last_round, best_round = state.server.round_num, progress["best_round"]
     if best_round is None or best_round == last_round:
@@ -327,15 +391,18 @@ def _evaluate_split(
     return means | evaluate_external(federation, state, list(results), split)
 
 
-def config_digest(config: RunConfig) -> str:
+def config_digest(settings: Mapping[str, Any]) -> str:
     """Digest of every setting but the run directory, which may be moved, and workers, which change no result."""
-    settings = config.model_dump(mode="json", exclude={"output", "workers"})
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    counted = {key: value for key, value in settings.items() if key not in ("output", "workers")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
 
 
-def _require_same_config(directory: RunDirectory, config: RunConfig) -> None:
-    """Refuse a config.yaml that was edited: gamma, data order and seeds are constants of a run."""
-    if directory.environment().get("config_sha256") != config_digest(config):
+def _require_same_config(directory: RunDirectory) -> None:
+    """Refuse a config.yaml that was edited: gamma, data order and seeds are constants of a run.
+
+    The file is compared as it was written, so a key that only a later version knows does not make it another one.
+    """
+    if directory.environment().get("config_sha256") != config_digest(directory.settings()):
         raise ConfigError(
             f"{directory.path / 'config.yaml'}: was edited since the run began; put it back, or run the edited "
             "file with another output"
@@ -369,6 +436,12 @@ def _require_same(directory: RunDirectory, prepared: Prepared) -> None:
         )
     if environment["base_model"]["sha256"] != prepared.environment["base_model"]["sha256"]:
         raise DataError(f"model.source: {prepared.config.model.source} has other weights than when the run began")
+
+
+def _known(checkpoint: Checkpoint | None) -> Checkpoint:
+    if checkpoint is None:
+        raise StorageError("no checkpoint is left")
+    return checkpoint
 
 
 def _last(events: Iterator[RunEvent]) -> RunResult:

@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", ["personal", "optimizer"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_client_file_that_is_not_the_one_stops_a_resume_before_training(
+def test_a_client_file_that_is_not_the_one_is_named_and_the_round_before_is_used(
     damage: str, kind: str, tmp_path: Path, capsys: Capsys
 ) -> None:
     act, message = DAMAGES[damage]
@@ -107,13 +107,11 @@ def test_a_client_file_that_is_not_the_one_stops_a_resume_before_training(
         _stopped_after(config, 2)
     here = tmp_path / "here" / "run"
     path = min((here / "checkpoints" / kind / "000002").iterdir())
-    whole = path.read_bytes()
     act(path, tmp_path / "other" / path.relative_to(tmp_path / "here"))
     outcome = sfedlora(capsys, "resume", here)
-    assert outcome.code == 3, outcome.err
-    assert outcome.err.splitlines()[-1].startswith(f"run failed: {path}: ")
-    assert message in outcome.err
-    assert "Traceback" not in outcome.err
-    assert "round 3" not in outcome.err
-    path.write_bytes(whole)
-    assert sfedlora(capsys, "resume", here).code == 0
+    assert outcome.code == 0, outcome.err
+    [warning] = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+    assert f"the checkpoint of round 2 is damaged ({path}: " in warning
+    assert message in warning
+    assert warning.endswith("the state after round 1 is used instead")
+    assert "round 2/3" in outcome.err

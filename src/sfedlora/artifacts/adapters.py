@@ -61,7 +61,9 @@ def adapter_facts(
     )
 
 
-def write_served(directory: Path, tensors: Tensors, extra: Tensors, size: LoraSize, facts: AdapterFacts) -> None:
+def write_served(
+    directory: Path, tensors: Tensors, extra: Tensors, size: LoraSize, facts: AdapterFacts, *, private: bool = False
+) -> None:
     """Write an adapter as a stock PEFT directory.
 
     Base deltas are joined to the adapter; its gamma is then 1 and its rank that of both together.
@@ -72,6 +74,7 @@ def write_served(directory: Path, tensors: Tensors, extra: Tensors, size: LoraSi
         extra: `ServerState.extra`, which may hold base deltas.
         size: its rank and gamma.
         facts: what else the directory says.
+        private: open to its owner alone, whatever the umask.
 
     Raises:
         StorageError: it cannot be written.
@@ -93,4 +96,5 @@ def write_served(directory: Path, tensors: Tensors, extra: Tensors, size: LoraSi
         task=facts.task,
         base_model_name=facts.base_model_name,
         target_suffixes=facts.target_suffixes,
+        private=private,
     )

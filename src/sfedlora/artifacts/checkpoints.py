@@ -3,17 +3,19 @@
     round-000003/state.json           the round, and small facts
     round-000003/server.safetensors   the server's state
     round-000003/clients.json         which file of `personal/` and `optimizer/` holds each client
+    round-000003/checksums.sha256       of the other three
 
 A round writes only the clients that it changed; its checkpoint refers to older files for the others. First those files
 are on the disk, then the folder that refers to them appears. The last two rounds are kept, and the best one; a client
 file goes when no kept round refers to it.
+
+Not here: what is done about a damaged checkpoint (`recovery`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +23,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sfedlora.artifacts.client_files import ClientFile, ClientFiles, check_files, path_of, remove_file, with_written
+from sfedlora.artifacts.checksums import FORMAT_VERSION, add_checksummed_files, require_checksums
+from sfedlora.artifacts.client_files import ClientFile, ClientFiles, check_files, path_of, verify_files, with_written
 from sfedlora.artifacts.partial import remove_partial
 from sfedlora.errors import StorageError
 from sfedlora.federation.state import FederationState
 from sfedlora.storage import (
-    add_file,
     directory_written_whole,
+    make_directory,
     read_record,
     read_tensors,
     remove_directory,
+    remove_file,
+    remove_tree,
     to_json,
     to_safetensors,
 )
@@ -43,6 +48,7 @@ _ROUND_FOLDER = re.compile(r"round-([0-9]{6,9})")
 _STATE: dict[str, Any] = {"round_num": int}
 _STATE |= {f"progress.{name}": object for name in ("initial", "best_round", "best_loss")}
 _PERSONAL, _OPTIMIZER = _KINDS = ("personal", "optimizer")
+_STATE_FILE, _SERVER_FILE, _CLIENTS_FILE = _FILES = ("state.json", "server.safetensors", "clients.json")
 
 
 @dataclass(frozen=True)
@@ -88,19 +94,38 @@ class Checkpoints:
         Raises:
             StorageError: a part is missing or damaged, or a client's file is not the one that belongs here.
         """
-        content = read_record(self.folder(round_num) / "state.json", _STATE)
-        server = read_tensors(self.folder(round_num) / "server.safetensors")
+        folder = self.folder(round_num)
+        content = read_record(folder / _STATE_FILE, _STATE)
+        require_checksums(folder, content, _FILES)
+        if content["round_num"] != round_num:
+            raise StorageError(f"{folder}: holds the state after round {content['round_num']}; put the original back")
+        server = read_tensors(folder / _SERVER_FILE)
         clients = self.clients(round_num)
         for files in clients.values():
             check_files(files)
         state = ServerState(round_num, _without_prefix(_SHARED, server), _without_prefix(_EXTRA, server))
         return Checkpoint(_on_disk(state, clients), content["progress"])
 
+    def verify(self, round_num: int, verified: set[Path]) -> Checkpoint:
+        """As `load`, and read the clients' files too.
+
+        Args:
+            round_num: the round.
+            verified: clients' files that need not be read again; those that are read are added.
+
+        Raises:
+            StorageError: as `load`, or the content of a client's file is not what was written.
+        """
+        checkpoint = self.load(round_num)
+        for files in self.clients(round_num).values():
+            verify_files(files, verified)
+        return checkpoint
+
     def clients(self, round_num: int | None) -> dict[str, ClientFiles]:
         """The clients' files, by kind, that a round's checkpoint refers to; None: no clients yet."""
         if round_num is None:
             return {kind: ClientFiles(self.path / kind) for kind in _KINDS}
-        path = self.folder(round_num) / "clients.json"
+        path = self.folder(round_num) / _CLIENTS_FILE
         content = read_record(path, dict.fromkeys(_KINDS, dict))
         return {kind: ClientFiles(self.path / kind, _index(content[kind], path)) for kind in _KINDS}
 
@@ -108,15 +133,22 @@ class Checkpoints:
         """Disk use of the clients' files."""
         return sum(path.stat().st_size for path in self._client_paths())
 
+    def remove(self, round_num: int) -> None:
+        """Remove a round's checkpoint; clients' files that only it referred to become leftovers."""
+        remove_directory(self.folder(round_num))
+
     def remove_leftovers(self) -> None:
         """Remove what a killed process left: half-written files, and clients' files that no checkpoint refers to."""
         for path in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
         kept = [files for round_num in self.rounds() for files in self.clients(round_num).values()]
         referred = {path_of(files, client_id) for files in kept for client_id in files}
         for path in self._client_paths():
             if path not in referred:
                 remove_file(path)
+        for kind in _KINDS:  # earlier versions left them to the umask
+            if (self.path / kind).is_dir():
+                make_directory(self.path / kind, private=True)
 
     def folder(self, round_num: int) -> Path:
         """Where a round's checkpoint is."""
@@ -187,17 +219,20 @@ class CheckpointWriter:
                 old = files.index.get(client_id)
                 if old is not None and old.round_num < round_num and client_id in tensors[kind]:
                     self._superseded.append(_Superseded(path_of(files, client_id), old.round_num, round_num - 1))
-        self._drop(best_round)
+        self.drop(best_round)
         remove_partial(self._checkpoints.path)
         return _on_disk(state.server, self._clients)
 
-    def _drop(self, best_round: int | None) -> None:
-        """Remove the rounds that are not kept, then the clients' files that only they needed."""
+    def drop(self, best_round: int | None) -> None:
+        """Remove the rounds that are not kept, then the clients' files that only they needed.
+
+        `save` does that; whoever goes on from a process that was killed in between does it first.
+        """
         rounds = self._checkpoints.rounds()
         kept = {*rounds[-2:], best_round}
         for round_num in rounds:
             if round_num not in kept:
-                remove_directory(self._checkpoints.folder(round_num))
+                self._checkpoints.remove(round_num)
         needed = []
         for old in self._superseded:
             if any(old.first_round <= round_num <= old.last_round for round_num in kept if round_num is not None):
@@ -220,11 +255,14 @@ def _fill(folder: Path, checkpoint: Checkpoint, entries: Mapping[str, Mapping[st
     """Write the files of one round's folder."""
     server = checkpoint.state.server
     tensors = _prefixed(_SHARED, server.shared) | _prefixed(_EXTRA, server.extra)
-    add_file(folder / "server.safetensors", to_safetensors(tensors))
-    facts = {"round_num": server.round_num, "progress": checkpoint.progress}
-    add_file(folder / "state.json", (to_json(facts, indent=2) + "\n").encode())
+    facts = {"format_version": FORMAT_VERSION, "round_num": server.round_num, "progress": checkpoint.progress}
     index = ",\n".join(f'"{kind}": {{\n' + ",\n".join(lines.values()) + "\n}" for kind, lines in entries.items())
-    add_file(folder / "clients.json", f"{{\n{index}\n}}\n".encode())
+    content = {
+        _SERVER_FILE: to_safetensors(tensors),
+        _STATE_FILE: (to_json(facts, indent=2) + "\n").encode(),
+        _CLIENTS_FILE: f"{{\n{index}\n}}\n".encode(),
+    }
+    add_checksummed_files(folder, content)
 
 
 def _on_disk(server: ServerState, clients: Mapping[str, ClientFiles]) -> FederationState:

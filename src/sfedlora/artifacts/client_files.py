@@ -4,7 +4,7 @@
 
 The header of a file holds a digest of its tensors, and whoever refers to the file knows that digest. So a file that is
 missing, cut off or of another run, client or round is found by a look at its header, and one whose content is damaged
-when it is read.
+when it is read. Files and folders are open to their owner alone.
 
 Not here: which files a checkpoint refers to and when they are removed (`checkpoints`).
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,10 @@ from torch import Tensor
 
 from sfedlora.data.directories import safe_directory_name
 from sfedlora.errors import StorageError
-from sfedlora.storage import add_file, directory_written_whole, make_directory, to_safetensors
+from sfedlora.storage import add_file, directory_written_whole, make_directory, require_header, to_safetensors
 from sfedlora.types import Tensors
 
-__all__ = ["ClientFile", "ClientFiles", "check_files", "path_of", "remove_file", "with_written"]
+__all__ = ["ClientFile", "ClientFiles", "check_files", "path_of", "verify_files", "with_written"]
 
 STAMP = "sha256"
 DIGEST_LENGTH = 32
@@ -86,20 +85,13 @@ def with_written(files: ClientFiles, round_num: int, changed: Mapping[str, Tenso
     written = {client_id: ClientFile(round_num, digest) for client_id, digest in digests.items()}
     after = replace(files, index={**files.index, **written})
     if any(digests.values()):
-        make_directory(files.folder)
-        with directory_written_whole(files.folder / f"{round_num:06d}") as folder:
+        make_directory(files.folder, private=True)
+        with directory_written_whole(files.folder / f"{round_num:06d}", private=True) as folder:
             for client_id, digest in digests.items():
                 if digest:
                     content = to_safetensors(changed[client_id], metadata={STAMP: digest})
-                    add_file(folder / path_of(after, client_id).name, content)
+                    add_file(folder / path_of(after, client_id).name, content, private=True)
     return after
-
-
-def remove_file(path: Path) -> None:
-    """Remove a client's file, and its round's folder with the last one. What cannot be removed stays."""
-    with suppress(OSError):
-        path.unlink()
-        path.parent.rmdir()
 
 
 def check_files(files: ClientFiles) -> None:
@@ -113,9 +105,29 @@ def check_files(files: ClientFiles) -> None:
             _opened(path_of(files, client_id), file.digest)
 
 
+def verify_files(files: ClientFiles, verified: set[Path]) -> None:
+    """Read every file once and compare its content with its digest.
+
+    Args:
+        files: the clients.
+        verified: files that need not be read again; those that are read are added.
+
+    Raises:
+        StorageError: as `check_files`, or a file's content is not what was written.
+    """
+    for client_id, file in files.index.items():
+        path = path_of(files, client_id)
+        if file.digest and path not in verified:
+            _read(path, file.digest)
+            verified.add(path)
+
+
 def _read(path: Path, digest: str) -> dict[str, Tensor]:
     file = _opened(path, digest)
-    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping, has keys()
+    try:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping, has keys()
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise StorageError(f"{path}: damaged safetensors file ({error}); put the original file back") from None
     if _digest(tensors) != digest:
         raise StorageError(f"{path}: damaged: its content is not what was written; put the original file back")
     return tensors
@@ -123,6 +135,7 @@ def _read(path: Path, digest: str) -> dict[str, Tensor]:
 
 def _opened(path: Path, digest: str) -> Any:
     """The memory-mapped `safe_open` file (which has no types), its length and its stamp checked."""
+    require_header(path)
     try:
         file: Any = safetensors.safe_open(path, framework="pt")
         stamp = (file.metadata() or {}).get(STAMP)

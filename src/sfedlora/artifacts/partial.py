@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from sfedlora.artifacts.checksums import FORMAT_VERSION, add_checksummed_files, require_checksums
 from sfedlora.data.directories import safe_directory_name
 from sfedlora.federation.client import ClientOutcome, TrainMetrics
-from sfedlora.storage import add_file, directory_written_whole, read_record, read_tensors, to_json, to_safetensors
+from sfedlora.storage import (
+    directory_written_whole,
+    read_record,
+    read_tensors,
+    remove_directory,
+    to_json,
+    to_safetensors,
+)
 
 __all__ = ["load_partial", "remove_partial", "save_partial"]
 
@@ -27,19 +34,22 @@ def save_partial(checkpoints: Path, outcomes: Mapping[str, ClientOutcome]) -> No
     """
     if not outcomes:
         return
-    with directory_written_whole(_folder(checkpoints)) as folder:
-        for client_id, outcome in outcomes.items():
-            name = safe_directory_name(client_id)
-            tensors = {_TENSORS + key: tensor for key, tensor in outcome.tensors.items()}
-            moments = {_MOMENTS + key: tensor for key, tensor in outcome.optimizer_state.items()}
-            add_file(folder / f"{name}.safetensors", to_safetensors(tensors | moments))
-            facts = {
-                "client_id": client_id,
-                "round_num": outcome.round_num,
-                "num_examples": outcome.num_examples,
-                "metrics": asdict(outcome.metrics),
-            }
-            add_file(folder / f"{name}.json", (to_json(facts, indent=2) + "\n").encode())
+    content: dict[str, bytes] = {}
+    for client_id, outcome in outcomes.items():
+        name = safe_directory_name(client_id)
+        tensors = {_TENSORS + key: tensor for key, tensor in outcome.tensors.items()}
+        moments = {_MOMENTS + key: tensor for key, tensor in outcome.optimizer_state.items()}
+        content[f"{name}.safetensors"] = to_safetensors(tensors | moments)
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "client_id": client_id,
+            "round_num": outcome.round_num,
+            "num_examples": outcome.num_examples,
+            "metrics": asdict(outcome.metrics),
+        }
+        content[f"{name}.json"] = (to_json(facts, indent=2) + "\n").encode()
+    with directory_written_whole(_folder(checkpoints), private=True) as folder:
+        add_checksummed_files(folder, content, private=True)
 
 
 def load_partial(checkpoints: Path, round_num: int) -> dict[str, ClientOutcome]:
@@ -49,8 +59,10 @@ def load_partial(checkpoints: Path, round_num: int) -> dict[str, ClientOutcome]:
         StorageError: a file is missing or damaged.
     """
     outcomes: dict[str, ClientOutcome] = {}
-    for path in sorted(_folder(checkpoints).glob("*.json")):
+    folder = _folder(checkpoints)
+    for path in sorted(folder.glob("*.json")):
         facts = read_record(path, _FACTS)
+        require_checksums(folder, facts, (path.name, f"{path.stem}.safetensors"))
         if facts["round_num"] != round_num:
             continue
         tensors = read_tensors(path.with_suffix(".safetensors"))
@@ -67,7 +79,7 @@ def load_partial(checkpoints: Path, round_num: int) -> dict[str, ClientOutcome]:
 
 def remove_partial(checkpoints: Path) -> None:
     """Remove the outcomes: their round is complete."""
-    shutil.rmtree(_folder(checkpoints), ignore_errors=True)
+    remove_directory(_folder(checkpoints))
 
 
 def _folder(checkpoints: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sfedlora.cli import compare, demo, evaluate, export, flower, report, resume, run
+from sfedlora.cli import compare, demo, evaluate, export, flower, report, resume, run, verify
 
 __all__ = ["app"]
 
@@ -21,5 +21,6 @@ app.command()(resume.resume)
 app.command()(report.report)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
+app.command()(verify.verify)
 app.command()(demo.demo)
 app.add_typer(flower.app, name="flower")

@@ -111,6 +111,7 @@ def _read_parquet(path: Path, source: str) -> datasets.Dataset:
 
     try:
         table = parquet.read_table(path)
+        table.validate(full=True)  # texts that are not UTF-8, offsets that point outside
         return datasets.Dataset(datasets.table.InMemoryTable(table))
     except (ArrowException, OSError, ValueError) as error:
         raise DataError(f"{source}: not a readable Parquet file: {_first_line(error)}") from error

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from sfedlora.artifacts import Checkpoint, RunDirectory
+from sfedlora.artifacts import Checkpoint, RunDirectory, newest_intact, with_kept_best
 from sfedlora.config import RunConfig
 from sfedlora.data.directories import safe_directory_name
 from sfedlora.errors import ConfigError
+from sfedlora.experiment import FLOWER
 from sfedlora.experiment import config_digest as run_digest
 from sfedlora.flower.exchange import Exchange
 from sfedlora.flower.protocol import PROTOCOL, HelloRequest, config_digest, seal
@@ -50,18 +53,22 @@ def serve(config: RunConfig, exchange: Exchange, *, resume: bool, log: Log) -> R
         return RunDirectory.open(output)
     skeleton = load_server_model(config)
     sites = _sites(config, skeleton, exchange, log)
-    if resume:
-        server, directory, checkpoint = _take_up(config, skeleton, sites)
-        log(f"{output}: going on after round {checkpoint.state.server.round_num}")
-        _wait(config, sites, len(sites.known))
-    else:
-        _wait(config, sites, len(config.flower.sites or ()) or config.partition.num_clients or 1)
-        counts = {client_id: site.num_examples for client_id, site in sites.known.items()}
-        server = prepare_server(config, skeleton, counts)
-        directory = _create(output, server, sites.known)
-        checkpoint = first_checkpoint(server)
-    with tempfile.TemporaryDirectory(prefix="sfedlora-") as scratch:
-        rounds = Rounds(server, sites, directory, scratch=Path(scratch), log=log)
+    with ExitStack() as stack:
+        if resume:
+            directory = RunDirectory.open(output)
+            stack.enter_context(directory.owned())
+            server, checkpoint = _take_up(config, skeleton, directory, sites)
+            log(f"{output}: going on after round {checkpoint.state.server.round_num}")
+            _wait(config, sites, len(sites.known))
+        else:
+            _wait(config, sites, len(config.flower.sites or ()) or config.partition.num_clients or 1)
+            counts = {client_id: site.num_examples for client_id, site in sites.known.items()}
+            server = prepare_server(config, skeleton, counts)
+            fixed = _environment(server, sites.known), _partition(sites.known)
+            directory = stack.enter_context(RunDirectory.created(output, server.config, *fixed))
+            checkpoint = first_checkpoint(server)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sfedlora-")))
+        rounds = Rounds(server, sites, directory, scratch=scratch, log=log)
         rounds.finish(rounds.run(checkpoint))
     log(f"finished; {output} holds the shared part, each site its own adapter")
     return directory
@@ -84,41 +91,49 @@ def _wait(config: RunConfig, sites: Sites, num_sites: int) -> None:
     )
 
 
-def _create(output: Path, server: PreparedServer, known: Mapping[str, SiteRecord]) -> RunDirectory:
-    """The run directory, with what is fixed before round 1."""
+def _environment(server: PreparedServer, known: Mapping[str, SiteRecord]) -> dict[str, Any]:
+    """Content of environment.json."""
     sizes = server.rules.sizes
     environment = environment_record(server.config, server.skeleton, server.formed, server.scaling_clients, sizes)
-    environment |= {
-        "config_sha256": run_digest(server.config),
+    return environment | {
+        "config_sha256": run_digest(server.config.model_dump(mode="json")),
         "external_sha256": {},
-        "flower": {"protocol": PROTOCOL, "sites": {client_id: site.plain() for client_id, site in known.items()}},
+        FLOWER: {"protocol": PROTOCOL, "sites": {client_id: site.plain() for client_id, site in known.items()}},
     }
+
+
+def _partition(known: Mapping[str, SiteRecord]) -> dict[str, Any]:
+    """Content of partition.json: which rows a site has is not known here."""
     clients = {
         client_id: {"dir": safe_directory_name(client_id), "num_examples": site.num_examples}
         for client_id, site in sorted(known.items())
     }
-    return RunDirectory.create(output, server.config, environment, {"source_sha256": "", "clients": clients})
+    return {"source_sha256": "", "clients": clients}
 
 
-def _take_up(config: RunConfig, skeleton: Skeleton, sites: Sites) -> tuple[PreparedServer, RunDirectory, Checkpoint]:
-    """The run as its last complete round left it; its sites become known."""
-    output = Path(config.output)
-    directory = RunDirectory.open(output)
+def _take_up(
+    config: RunConfig, skeleton: Skeleton, directory: RunDirectory, sites: Sites
+) -> tuple[PreparedServer, Checkpoint]:
+    """The run as its newest intact checkpoint left it; its sites become known."""
+    output = directory.path
+    directory.check_usable()
     environment = directory.environment()
-    if "flower" not in environment:
+    if FLOWER not in environment:
         raise ConfigError(f"output: {output} holds a run of this machine; go on with `sfedlora resume {output}`")
     counts = {client_id: int(one["num_examples"]) for client_id, one in directory.partition()["clients"].items()}
     server = prepare_server(config, skeleton, counts)
-    if environment.get("config_sha256") != run_digest(server.config):
+    if environment.get("config_sha256") != run_digest(server.config.model_dump(mode="json")):
         raise ConfigError(f"{output}: the run began with another configuration; put it back, or choose another output")
     if environment["base_model"]["sha256"] != skeleton.sha256:
         raise ConfigError(f"model.source: {config.model.source} has other weights than when the run began")
+    recovered = newest_intact(directory.checkpoints)
+    for round_num in recovered.damaged:
+        directory.checkpoints.remove(round_num)
     directory.remove_leftovers()
-    rounds = directory.checkpoints.rounds()
-    checkpoint = directory.checkpoints.load(rounds[-1]) if rounds else first_checkpoint(server)
+    checkpoint = recovered.checkpoint or first_checkpoint(server)
     known = checkpoint.progress.get("sites") or {key: {"num_examples": count} for key, count in counts.items()}
     for client_id, facts in known.items():
         sites.known[client_id] = SiteRecord(facts["num_examples"], accepted_round=facts.get("accepted_round", 0))
     is_pending = checkpoint.progress["pending"] is not None
     directory.drop_metrics_after(checkpoint.state.server.round_num - is_pending)
-    return server, directory, checkpoint
+    return server, with_kept_best(checkpoint, recovered.kept, directory.metrics())

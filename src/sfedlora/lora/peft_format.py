@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from sfedlora.errors import AdapterError, StorageError
 from sfedlora.lora.scaling import ScalingRule, peft_config
-from sfedlora.storage import make_directory, write_bytes
+from sfedlora.storage import make_directory, require_header, write_bytes
 from sfedlora.types import AdapterLayout, Part, Tensors, factor_name, part_of, path_of
 
 __all__ = ["LoadedAdapter", "load_adapter", "save_adapter"]
@@ -35,6 +36,8 @@ _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors",
 _PREFIX = "base_model.model."
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 1_000_000
 _REFUSED = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters")
 
 
@@ -67,6 +70,7 @@ def save_adapter(
     task: Literal["causal-lm", "sequence-classification"],
     base_model_name: str,
     target_suffixes: Sequence[str] | None = None,
+    private: bool = False,
 ) -> None:
     """Write one adapter; each of the two files appears whole and on the disk, or not at all.
 
@@ -85,6 +89,7 @@ def save_adapter(
         base_model_name: what stock `from_pretrained` loads the base model by.
         target_suffixes: how `target_modules` names the targets (`ResidentModel.target_suffixes`); None writes their
             full paths, which means the same.
+        private: the directory and its files are open to their owner alone, whatever the umask.
 
     Raises:
         AdapterError: factors that are unknown, missing, of another shape, not floating point or not finite.
@@ -114,9 +119,9 @@ def save_adapter(
             described = (Path(scratch) / _CONFIG).read_bytes()
     except OSError as error:
         raise StorageError(f"{tempfile.gettempdir()}: cannot be written ({error.strerror}); free space?") from None
-    make_directory(directory)
-    write_bytes(directory / _WEIGHTS, content)
-    write_bytes(directory / _CONFIG, described)
+    make_directory(directory, private=private)
+    write_bytes(directory / _WEIGHTS, content, private=private)
+    write_bytes(directory / _CONFIG, described, private=private)
 
 
 def load_adapter(directory: Path, *, layout: AdapterLayout) -> LoadedAdapter:
@@ -142,12 +147,13 @@ def load_adapter(directory: Path, *, layout: AdapterLayout) -> LoadedAdapter:
         pickled = f"; {_PICKLE} is a pickle file, which is never read" if (directory / _PICKLE).exists() else ""
         raise AdapterError(f"{directory} has no {_WEIGHTS}{pickled}")
     try:
+        require_header(path)
         with safe_open(path, framework="pt") as file:
             shapes = _expected(set(file.keys()), config, layout, rank, path)
             for name, shape in shapes.items():
                 _check_header(file.get_slice(_key(name)), name, shape, path)
             tensors = {name: file.get_tensor(_key(name)).to(torch.float32) for name in shapes}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, StorageError, OSError) as error:
         raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -189,11 +195,14 @@ def _key(name: str) -> str:
 def _read_config(directory: Path) -> Mapping[str, Any]:
     path = directory / _CONFIG
     try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise AdapterError(f"{path}: {size} bytes is no adapter configuration; expected at most {MAX_CONFIG_BYTES}")
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         there = ", ".join(sorted(entry.name for entry in directory.iterdir())) if directory.is_dir() else "no directory"
         raise AdapterError(f"{directory} has no {_CONFIG} (found: {there or 'nothing'})") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(config).__name__}")
@@ -207,11 +216,19 @@ def _read_config(directory: Path) -> Mapping[str, Any]:
 
 def _rank_and_scaling(config: Mapping[str, Any], path: Path) -> tuple[int, float]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"{path}: r = {rank!r}; expected an integer of at least 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"{path}: lora_alpha = {alpha!r}; expected a finite number")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise AdapterError(f"{path}: r = {_shown(rank)}; expected an integer from 1 to {MAX_RANK}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+        raise AdapterError(f"{path}: lora_alpha = {_shown(alpha)}; expected a finite number")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it; a number of many digits cut off."""
+    text = (
+        repr(value) if not isinstance(value, int) or abs(value) < 10**18 else f"a number of {value.bit_length()} bits"
+    )
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _expected(

@@ -1,0 +1,175 @@
+"""Kills a program at every fault point, starts it again, and compares with a life without faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from crash.faults import Fault, Point, watch
+from crash.victims import Victim
+
+__all__ = ["Counts", "Plan", "campaign"]
+
+KILLED = -signal.SIGKILL
+MAX_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which faults are tried.
+
+    Attributes:
+        share: share of the fault points that are tried, 1 for all.
+        power_share: share of the operations at which power is lost, too.
+        random_times: kills at random times besides.
+        seed: of the choice, the random times and the second kills.
+    """
+
+    share: float = 1.0
+    power_share: float = 1.0
+    random_times: int = 0
+    seed: int = 0
+
+
+@dataclass
+class Counts:
+    """What happened in a campaign, or in several."""
+
+    fault_points: int = 0
+    faults_tried: int = 0
+    kills: int = 0
+    power_losses: int = 0
+    resumes: int = 0
+    resumes_killed: int = 0
+    mismatches: list[str] = field(default_factory=list)
+
+    def add(self, other: Counts) -> None:
+        """Add another campaign's."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True)
+class _Life:
+    """How one child ended, and the operations and boundaries that it saw if it ended well."""
+
+    code: int
+    seconds: float
+    points: tuple[Point, ...] = ()
+    num_boundaries: int = 0
+
+
+def campaign(victim: Victim, work: Path, plan: Plan, say: Callable[[str], None]) -> Counts:
+    """Try the faults of a plan on one program.
+
+    Args:
+        victim: the program.
+        work: an empty folder.
+        plan: which faults.
+        say: called with a line about every mismatch.
+    """
+    shared, whole, folder = work / "shared", work / "whole", work / "run"
+    shared.mkdir(parents=True)
+    victim.prepare(shared)
+    life = _live(victim, shared, whole, None, work)
+    again = _live(victim, shared, whole, None, work)  # a program that stops itself goes on
+    if life.code or again.code:
+        raise RuntimeError(f"the program fails without any fault:\n{(work / 'error.txt').read_text(encoding='utf-8')}")
+    expected = victim.result(whole)
+    faults = list(_faults(life))
+    counts = Counts(fault_points=sum(not fault.power_loss for fault in faults))
+    rng = random.Random(plan.seed)  # noqa: S311 - a choice of tests
+    chosen = [fault for fault in faults if rng.random() < (plan.power_share if fault.power_loss else plan.share)]
+    chosen += [Fault("time", rng.uniform(0.05, 1.0) * life.seconds) for _ in range(plan.random_times)]
+    for fault in chosen:
+        shutil.rmtree(folder, ignore_errors=True)
+        counts.faults_tried += 1
+        first = _live(victim, shared, folder, fault, work)
+        counts.kills += first.code == KILLED
+        counts.power_losses += first.code == KILLED and fault.power_loss
+        second = Fault("operation", rng.randrange(30), power_loss=rng.random() < 0.5)
+        killed_again = _live(victim, shared, folder, second, work) if rng.random() < 0.25 else None
+        if killed_again is not None and killed_again.code == KILLED:
+            counts.kills += 1
+            counts.resumes_killed += 1
+            counts.power_losses += second.power_loss
+        problem = _finish(victim, work, expected, counts)
+        if problem:
+            at = life.points[int(fault.at)] if fault.kind in ("operation", "torn") else ""
+            then = f", then {second}" if killed_again is not None else ""
+            counts.mismatches.append(f"{fault} {at}{then}: {problem}")
+            say(counts.mismatches[-1])
+    return counts
+
+
+def _faults(life: _Life) -> Iterator[Fault]:
+    for number, point in enumerate(life.points):
+        yield Fault("operation", number)
+        yield Fault("operation", number, power_loss=True)
+        if point.operation == "write":
+            yield Fault("torn", number)
+    for number in range(life.num_boundaries):
+        yield Fault("boundary", number)
+
+
+def _finish(victim: Victim, work: Path, expected: Mapping[str, bytes], counts: Counts) -> str:
+    """Start the program until it has ended well; what is wrong then, or nothing."""
+    folder = work / "run"
+    for _ in range(2):  # one that stops itself goes on once more
+        life = _live(victim, work / "shared", folder, None, work)
+        counts.resumes += 1
+        if life.code:
+            return f"does not go on (exit {life.code}): {(work / 'error.txt').read_text(encoding='utf-8')}"
+        if (folder / "summary.json").is_file():
+            break
+    found = victim.result(folder)
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return f"differs in {', '.join(different)}" if different else ""
+
+
+def _live(victim: Victim, shared: Path, folder: Path, fault: Fault | None, work: Path) -> _Life:
+    """One life of the program in a child."""
+    report = work / "report.json"
+    backups = work / "backups"
+    for stale in (report, work / "error.txt"):
+        stale.unlink(missing_ok=True)
+    shutil.rmtree(backups, ignore_errors=True)
+    backups.mkdir()
+    begin = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _child(victim, shared, folder, fault, work)
+    end = begin + (fault.at if fault is not None and fault.kind == "time" else MAX_SECONDS)
+    while (waited := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() >= end:
+            os.kill(pid, signal.SIGKILL)
+            waited = os.waitpid(pid, 0)
+            break
+        time.sleep(0.002)
+    code, seconds = os.waitstatus_to_exitcode(waited[1]), time.monotonic() - begin
+    if code or not report.exists():
+        return _Life(code, seconds)
+    content = json.loads(report.read_text(encoding="utf-8"))
+    return _Life(code, seconds, tuple(Point(*point) for point in content["points"]), content["num_boundaries"])
+
+
+def _child(victim: Victim, shared: Path, folder: Path, fault: Fault | None, work: Path) -> None:
+    """Live, then leave without any of the parent's exits."""
+    try:
+        watched = watch(fault, folder, work / "backups")
+        for _ in victim.start(shared, folder):
+            watched.boundary()
+        content = {"points": [(p.operation, p.path) for p in watched.points], "num_boundaries": watched.num_boundaries}
+        (work / "report.json").write_text(json.dumps(content), encoding="utf-8")
+        os._exit(0)
+    except BaseException:  # a child must never run on in its parent's code
+        (work / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        os._exit(1)
