@@ -19,6 +19,7 @@ from sfedlora.errors import ConfigError
 from sfedlora.federation.client import LocalTraining, TrainingSetup
 from sfedlora.federation.evaluate import EvalBatching
 from sfedlora.federation.initialize import InitialA
+from sfedlora.federation.robust import RobustRule
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.serial import SerialRunner
@@ -28,6 +29,8 @@ from sfedlora.lora.base_model import BaseModel, load_base_model
 from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.lora.targets import find_head_modules, find_targets
 from sfedlora.methods import Method, make_method
+from sfedlora.privacy.accounting import require_accounting
+from sfedlora.privacy.mechanism import Privacy
 from sfedlora.seeds import derive_seed
 from sfedlora.setup.adapter import (
     chosen_init,
@@ -201,6 +204,8 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
             evaluate_every=config.evaluation.every,
             evaluated=_evaluated(config),
             server_optimizer=_server_optimizer(config),
+            robust=None if config.robust == "none" else RobustRule(config.robust, config.robust_attackers or 0),
+            privacy=_privacy(config, len(splits)),
         ),
         seed=config.seed,
     )
@@ -224,6 +229,22 @@ def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
         rounds.server_momentum,
         rounds.server_beta2,
         rounds.server_tau,
+    )
+
+
+def _privacy(config: RunConfig, num_clients: int) -> Privacy | None:
+    section = config.privacy
+    if section.mode == "none" or section.clip_norm is None or section.noise_multiplier is None:
+        return None
+    require_accounting()
+    return Privacy(
+        section.mode,
+        section.clip_norm,
+        section.noise_multiplier,
+        section.delta,
+        num_clients=num_clients,
+        cohort_size=config.rounds.cohort_size or num_clients,
+        noise_seed=derive_seed(config.seed, "privacy noise") if section.noise == "seeded" else None,
     )
 
 
