@@ -5,7 +5,9 @@ The configuration asks here, and the table of docs/privacy.md is made of the ans
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from sfedlora.methods import Method
 from sfedlora.methods.base import Weighting
@@ -13,7 +15,7 @@ from sfedlora.types import Part
 
 __all__ = ["Protection", "why_refused"]
 
-NAMED_ROUNDS = (1, 2)
+ROUNDS = (1, 2)
 """Methods may alternate between factors; these rounds show all of them."""
 
 
@@ -44,89 +46,83 @@ class Protection:
 
 def why_refused(protection: Protection) -> str | None:
     """What is against a combination and what to use instead, beginning with the key; None if it is allowed."""
-    return _against_robust(protection) or _against_privacy(protection)
+    refusals = chain(_against_robust(protection), _against_attackers(protection), _against_privacy(protection))
+    return next(refusals, None)
 
 
-def _against_robust(asked: Protection) -> str | None:
-    rule, name, traits = f"robust: {asked.robust}", asked.method.name, asked.method.traits
+def _against_robust(asked: Protection) -> Iterator[str]:
     if asked.robust == "none":
-        return _against_attackers(asked)
-    if traits.pools_data or not _shares(asked.method):
-        return f"{rule} chooses among the updates of clients, which method {name!r} does not send; use none"
+        return
+    rule, name, traits = f"robust: {asked.robust}", asked.method.name, asked.method.traits
+    if not _sends(asked.method):
+        yield f"{rule} chooses among the updates of clients, which method {name!r} does not send; use none"
     if asked.robust != "krum" and not traits.is_mean:
-        return (
+        yield (
             f"{rule} takes the place of a mean of factors, but the server step of method {name!r} is another one; "
             "use krum or none"
         )
-    if asked.robust != "krum" and _shares_both_factors(asked.method):
-        return (
+    if asked.robust != "krum" and any({Part.A, Part.B} <= asked.method.shared_parts(number) for number in ROUNDS):
+        yield (
             f"{rule} is for methods that share one factor in a round, but {name!r} shares A and B, whose robust means "
             "multiply to something that no client need have sent; use krum"
         )
     if asked.several_ranks:
-        return f"{rule} compares updates entry by entry or as wholes and needs one rank for all clients; give one"
+        yield f"{rule} compares updates entry by entry or as wholes and needs one rank for all clients; give one"
     if asked.init == "local":
-        return (
-            f"{rule} compares the changes of one broadcast A, but with lora.init: local every client begins with its "
-            "own; use independent or shared"
+        yield (
+            f"{rule} compares changes of one broadcast A, but with lora.init: local every client begins with its own; "
+            "use independent or shared"
         )
     if asked.privacy == "central":
-        return (
+        yield (
             f"{rule} cannot go with privacy.mode: central, whose noise is measured by what one client can change of a "
             "mean; use privacy.mode: local, or robust: none"
         )
-    return _against_attackers(asked)
 
 
-def _against_attackers(asked: Protection) -> str | None:
-    """The number of attackers is given where the rule has it, and the cohort is large enough for it."""
-    attackers, cohort = asked.attackers, asked.cohort_size
+def _against_attackers(asked: Protection) -> Iterator[str]:
+    """The number of attackers is given where the rule has one, and the cohort is large enough for it."""
     if asked.robust in ("none", "median"):
-        if attackers is None:
-            return None
-        return f"robust_attackers: {attackers} is not used by robust: {asked.robust}; leave it out or null"
-    if attackers is None:
-        return f"robust: {asked.robust} needs robust_attackers, the number of hostile clients in a round to withstand"
-    needed = 2 * attackers + (1 if asked.robust == "trimmed_mean" else 3)
-    if cohort is not None and cohort < needed:
-        return (
-            f"robust: {asked.robust} against robust_attackers: {attackers} needs at least {needed} clients in a round, "
-            f"got {cohort}; raise rounds.cohort_size or lower robust_attackers"
+        if asked.attackers is not None:
+            yield f"robust_attackers: {asked.attackers} is not used by robust: {asked.robust}; leave it out or null"
+        return
+    if asked.attackers is None:
+        yield f"robust: {asked.robust} needs robust_attackers, the number of hostile clients in a round to withstand"
+        return
+    needed = 2 * asked.attackers + (1 if asked.robust == "trimmed_mean" else 3)
+    if asked.cohort_size is not None and asked.cohort_size < needed:
+        yield (
+            f"robust: {asked.robust} against robust_attackers: {asked.attackers} needs at least {needed} clients in a "
+            f"round, got {asked.cohort_size}; raise rounds.cohort_size or lower robust_attackers"
         )
-    return None
 
 
-def _against_privacy(asked: Protection) -> str | None:
-    mode, name, traits = f"privacy.mode: {asked.privacy}", asked.method.name, asked.method.traits
+def _against_privacy(asked: Protection) -> Iterator[str]:
     if asked.privacy == "none":
-        return None
-    if traits.pools_data or not _shares(asked.method):
-        return f"{mode} protects what a client sends, and method {name!r} sends nothing; use none"
+        return
+    mode, name = f"privacy.mode: {asked.privacy}", asked.method.name
+    if not _sends(asked.method):
+        yield f"{mode} protects what a client sends, and method {name!r} sends nothing; use none"
     if asked.weighting != "uniform":
-        return (
+        yield (
             f"{mode} needs rounds.weighting: uniform, since a weight by examples lets one client change more than the "
             f"others and tells its number of examples; got {asked.weighting}"
         )
     if asked.privacy == "local":
-        return None
-    if not traits.is_mean:
-        return (
+        return
+    if not asked.method.traits.is_mean:
+        yield (
             f"{mode} adds noise to a mean of factors, but the server step of method {name!r} is another one; use "
             "privacy.mode: local, or a method whose server step is a mean"
         )
     if asked.several_ranks:
-        return f"{mode} divides by the planned cohort and needs one rank for all clients; give one number in lora.rank"
+        yield f"{mode} divides by the planned cohort and needs one rank for all clients; give one number in lora.rank"
     if asked.init == "local":
-        return (
+        yield (
             f"{mode} clips changes of one broadcast A, but with lora.init: local every client begins with its own; use "
             "independent or shared"
         )
-    return None
 
 
-def _shares(method: Method) -> bool:
-    return any(method.shared_parts(number) for number in NAMED_ROUNDS)
-
-
-def _shares_both_factors(method: Method) -> bool:
-    return any({Part.A, Part.B} <= method.shared_parts(number) for number in NAMED_ROUNDS)
+def _sends(method: Method) -> bool:
+    return not method.traits.pools_data and any(method.shared_parts(number) for number in ROUNDS)

@@ -8,9 +8,9 @@ Descent.* NeurIPS 2017, arXiv:1703.02757 (Krum). With m updates, f of them hosti
     trimmed_mean    of every entry: the mean without its f smallest and f largest values      m >= 2 f + 1
     krum            the one update whose m - f - 2 nearest others are nearest                  m >= 2 f + 3
 
-Median and trimmed mean commute with a shift, so those of the factors are the broadcast plus those of their changes. They
-are for rounds that share one factor: with two, A and B of the result would each be robust, but their product could lie
-outside of all that was sent. Krum takes the distance of what the updates do to the weights: with both factors
+Median and trimmed mean commute with a shift, so those of the factors are the broadcast plus those of their changes.
+They are for rounds that share one factor: with two, A and B of the result would each be robust, but their product could
+lie outside of all that was sent. Krum takes the distance of what the updates do to the weights: with both factors
 ||s_i B_i A_i - s_j B_j A_j||_F over all modules, by traces of (rank, rank) products; with one factor, and for a
 classification head, that of the tensors themselves. The squares of all add up.
 

@@ -112,16 +112,15 @@ def noised_mean(
         norms.append(change_norm(before, update))
         factor = _clip_factor(privacy, norms[-1])
         for name, total in sums.items():
-            total += factor * _change(before[name], update[name])
+            np.add(total, factor * _change(before[name], update[name]), out=total)
     if len(norms) > privacy.cohort_size:
         raise RunError(
             f"round {round_num}: {len(norms)} updates, but the noise was planned for {privacy.cohort_size} "
             "(rounds.cohort_size)"
         )
     _add_noise(privacy, sums, derive_key(key, "mean", round_num))
-    for total in sums.values():
-        total /= privacy.cohort_size
-    return Release(_moved(before, sums), tuple(norms))
+    means = {name: total / privacy.cohort_size for name, total in sums.items()}
+    return Release(_moved(before, means), tuple(norms))
 
 
 def privatized(privacy: Privacy, before: Tensors, after: Tensors, *, round_num: int, key: bytes) -> Release:
@@ -173,10 +172,11 @@ def _add_noise(privacy: Privacy, sums: dict[str, NDArray[np.float64]], key: byte
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for name in sorted(sums):
-        digest.update(np.ascontiguousarray(sums[name]))
+        digest.update(sums[name].tobytes())
     std = privacy.noise_multiplier * privacy.clip_norm
     for name, total in sums.items():
-        total += std * normal(derive_key(key, digest.digest(), name), total.size).reshape(total.shape)
+        noise = normal(derive_key(key, digest.digest(), name), total.size).reshape(total.shape)
+        np.add(total, std * noise, out=total)
 
 
 def _clip_factor(privacy: Privacy, norm: float) -> float:

@@ -6,8 +6,8 @@ key they cannot be told from independent normal values. Equal keys and addresses
 after a stop with the bits that it would have had.
 
 Not protected: the values are floating-point numbers, whose last bits can tell more than the real Gaussian would
-(Ilya Mironov, *On Significance of the Least Significant Bits for Differential Privacy*, CCS 2012). No value is above 8.6
-standard deviations.
+(Ilya Mironov, *On Significance of the Least Significant Bits for Differential Privacy*, CCS 2012). No value is above
+8.6 standard deviations.
 """
 
 from __future__ import annotations
