@@ -88,7 +88,8 @@ def honest_accuracy(config: RunConfig, attack: Attack | None, hostile: Collectio
     federation = attacked(prepare(config).federation, attack)
     state = run_all(federation).states[-1]
     honest = {client_id: split for client_id, split in federation.splits.items() if client_id not in hostile}
-    results = evaluate_clients(replace(federation, splits=honest), state, "test", sorted(honest))
+    everybody = replace(federation, splits=honest, rounds=replace(federation.rounds, evaluated="all"))
+    results = evaluate_clients(everybody, state, "test", sorted(honest))
     return fmean(result.metrics()["accuracy"] for _, _, result in results)
 
 
