@@ -32,6 +32,7 @@ class Protection:
         several_ranks: whether clients have ranks of their own.
         attackers: how many the robust rule withstands; None if not given.
         cohort_size: updates of a round; None if not known yet.
+        secure_sum: whether the server sees the sum of the updates alone.
     """
 
     method: Method
@@ -42,12 +43,13 @@ class Protection:
     several_ranks: bool = False
     attackers: int | None = None
     cohort_size: int | None = None
+    secure_sum: bool = False
 
 
 def why_refused(protection: Protection) -> str | None:
     """What is against a combination and what to use instead, beginning with the key; None if it is allowed."""
-    refusals = chain(_against_robust(protection), _against_attackers(protection), _against_privacy(protection))
-    return next(refusals, None)
+    checks = (_against_robust, _against_attackers, _against_privacy, _against_secure_sum)
+    return next(chain.from_iterable(check(protection) for check in checks), None)
 
 
 def _against_robust(asked: Protection) -> Iterator[str]:
@@ -122,6 +124,22 @@ def _against_privacy(asked: Protection) -> Iterator[str]:
             f"{mode} clips changes of one broadcast A, but with lora.init: local every client begins with its own; use "
             "independent or shared"
         )
+
+
+def _against_secure_sum(asked: Protection) -> Iterator[str]:
+    if not asked.secure_sum:
+        return
+    name = asked.method.name
+    if not _sends(asked.method):
+        yield f"a secure sum hides what clients send, and method {name!r} sends nothing"
+    if not asked.method.traits.is_mean:
+        yield f"a secure sum shows no single update, which the server step of method {name!r} needs"
+    if asked.robust != "none":
+        yield f"a secure sum shows no single update, which robust: {asked.robust} needs; use one of them"
+    if asked.privacy == "central":
+        yield "a secure sum shows no single update to clip, as privacy.mode: central does; use privacy.mode: local"
+    if asked.several_ranks:
+        yield "a secure sum adds updates of one length and needs one rank for all clients; give one number in lora.rank"
 
 
 def _sends(method: Method) -> bool:
