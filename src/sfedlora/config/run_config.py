@@ -69,8 +69,12 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     privacy: PrivacySection = PrivacySection()
     flower: FlowerSection = FlowerSection()
-    robust: Literal["none"] = "none"
-    """Robust aggregation: none in this version."""
+    robust: Literal["none", "median", "trimmed_mean", "krum"] = "none"
+    """What takes the place of the mean against hostile clients. median, trimmed_mean: of every entry, for methods that
+    share one factor in a round. krum: the one update that lies nearest to the others, for all methods. Every client
+    counts the same."""
+    robust_attackers: Count | None = None
+    """Hostile clients in a round that trimmed_mean and krum withstand; a cohort needs more than twice as many."""
     runner: Literal["auto", "serial", "batched"] = "auto"
     """How a cohort is executed on this machine. serial: one client after the other. batched: several clients in one
     forward pass over the shared base. auto: batched where `clients_per_batch` comes out above 1."""
@@ -149,6 +153,7 @@ class RunConfig(Section):
                 "that all share; use independent or shared"
             )
         self._check_ranks(method)
+        self._check_protection(method)
         if self.local.optimizer_state == "keep" and (method.traits.restarts or method.traits.keeps_products):
             raise ValueError(
                 f"local.optimizer_state: keep carries moments to the next round, whose factors method "
@@ -173,6 +178,28 @@ class RunConfig(Section):
                 f"local.warmup_rounds is {self.local.warmup_rounds} but there are {self.rounds.num_rounds} rounds"
             )
         return self
+
+    def _check_protection(self, method: Method) -> None:
+        """Privacy and robust rule fit the method and the rounds."""
+        from sfedlora.federation.combinations import (  # torch: only when a configuration is checked
+            Protection,
+            why_refused,
+        )
+
+        rank, init = self.lora.rank, self.lora.init
+        protection = Protection(
+            method=method,
+            robust=self.robust,
+            privacy=self.privacy.mode,
+            weighting=self.rounds.weighting,
+            init=init,
+            several_ranks=not isinstance(rank, int) and len(set(rank)) > 1,
+            attackers=self.robust_attackers,
+            cohort_size=self.rounds.cohort_size or self.partition.num_clients,
+        )
+        refusal = why_refused(protection)
+        if refusal is not None:
+            raise ValueError(refusal)
 
     def _check_ranks(self, method: Method) -> None:
         """A list of ranks fits the clients and the method."""

@@ -291,10 +291,30 @@ class LocalSection(Section):
 
 
 class PrivacySection(Section):
-    """Differential privacy: none in this version."""
+    """Differential privacy of what clients share, by client; docs/privacy.md says what it protects."""
 
-    mode: Literal["none"] = "none"
-    """Only none in this version."""
+    mode: Literal["none", "central", "local"] = "none"
+    """central: the server clips every client's change of the shared factors and adds noise to their mean. local: every
+    client clips its change and adds noise before it sends. Both need `rounds.weighting: uniform`."""
+    clip_norm: PositiveFloat | None = None
+    """Largest L2 norm of a client's change in a round, over all tensors that it sends. Required with a mode."""
+    noise_multiplier: PositiveFloat | None = None
+    """Standard deviation of the noise divided by `clip_norm`: of the sum of the clipped changes (central), or of each
+    client's own (local). Required with a mode."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+    """delta of the stated (epsilon, delta). Well below one over the number of clients."""
+    noise: Literal["secret", "seeded"] = "secret"
+    """secret: drawn from a key of the operating system's randomness, kept among the checkpoints, so two runs differ.
+    seeded: from `seed`, so that runs repeat; whoever knows the seed can take the noise off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key, value in (("clip_norm", self.clip_norm), ("noise_multiplier", self.noise_multiplier)):
+            if self.mode == "none" and value is not None:
+                raise ValueError(f"{key}: {value:g} is not used by mode: none; leave it out, or use central or local")
+            if self.mode != "none" and value is None:
+                raise ValueError(f"mode: {self.mode} needs privacy.{key}")
+        return self
 
 
 class EvaluationSection(Section):

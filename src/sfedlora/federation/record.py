@@ -9,9 +9,11 @@ from typing import Any
 from sfedlora.federation.client import ClientOutcome
 from sfedlora.federation.evaluate import EvalResult, mean_results
 from sfedlora.federation.objective import Task
+from sfedlora.privacy.accounting import epsilon_after, epsilon_of_rounds
+from sfedlora.privacy.mechanism import Privacy
 from sfedlora.types import LoraSizes
 
-__all__ = ["client_records", "evaluation_record", "scaling_record", "training_record"]
+__all__ = ["client_records", "evaluation_record", "privacy_record", "scaling_record", "training_record"]
 
 
 def training_record(outcomes: Mapping[str, ClientOutcome]) -> dict[str, Any]:
@@ -64,6 +66,33 @@ def scaling_record(sizes: LoraSizes, client_ids: Sequence[str]) -> float | dict[
     if not sizes.clients:
         return sizes.server.scaling
     return {client_id: sizes.of(client_id).scaling for client_id in sorted(client_ids)}
+
+
+def privacy_record(
+    privacy: Privacy | None, *, num_rounds: int, most_rounds: int, clip_fraction: float | None
+) -> dict[str, Any]:
+    """What a run has spent after some rounds, as `privacy`; empty without privacy.
+
+    Args:
+        privacy: its settings.
+        num_rounds: rounds up to now.
+        most_rounds: of these, in how many the client that was drawn most often was.
+        clip_fraction: the share of clients whose change was clipped; None where it is not known (sites that clip
+            themselves tell nobody).
+    """
+    if privacy is None:
+        return {}
+    known = epsilon_of_rounds(privacy, most_rounds)
+    return {
+        "privacy": {
+            "mode": privacy.mode,
+            "delta": privacy.delta,
+            "epsilon": epsilon_after(privacy, num_rounds) if privacy.mode == "central" else known,
+            "epsilon_cohorts_known": known,
+            "noise_std": privacy.noise_std,
+            "clip_fraction": clip_fraction,
+        }
+    }
 
 
 def _mean_known(values: list[float | None]) -> float | None:

@@ -18,11 +18,17 @@ from sfedlora.errors import ClientError
 from sfedlora.federation.client import ClientOutcome, ClientWork
 from sfedlora.federation.eval_work import EvalWork, Split, evaluate_work, external_works, split_works
 from sfedlora.federation.evaluate import EvalResult, mean_results
-from sfedlora.federation.record import client_records, evaluation_record, scaling_record, training_record
+from sfedlora.federation.record import (
+    client_records,
+    evaluation_record,
+    privacy_record,
+    scaling_record,
+    training_record,
+)
 from sfedlora.federation.runners.workers import WorkersRunner
-from sfedlora.federation.sampling import choose_evaluated, sample_cohort
+from sfedlora.federation.sampling import choose_evaluated, most_rounds, sample_cohort
 from sfedlora.federation.schedule import learning_rate_at
-from sfedlora.federation.server_step import accept_updates, server_step
+from sfedlora.federation.server_step import accept_updates, server_step_with_record
 from sfedlora.federation.spool import Spool, num_bytes, select_lazily
 from sfedlora.federation.state import (
     Federation,
@@ -34,6 +40,8 @@ from sfedlora.federation.state import (
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.scaling import effective_clients
 from sfedlora.methods import broadcast_tensors, client_weights
+from sfedlora.privacy.mechanism import noise_key, privatized
+from sfedlora.privacy.noise import derive_key
 from sfedlora.types import Part, ServerState, Tensors, Update, part_of
 
 __all__ = [
@@ -152,7 +160,7 @@ def run_round(
 
     clock = time.perf_counter()
     before = state.server
-    state, updates = _server_step(federation, state, outcomes, excluded)
+    state, updates, step_record = _server_step(federation, state, outcomes, excluded)
     aggregate_seconds = time.perf_counter() - clock
 
     clock = time.perf_counter()
@@ -176,6 +184,7 @@ def run_round(
         "scaling": scaling_record(federation.sizes, [*{*cohort, *evaluated}]),
         "effective_clients": federation.effective_clients,
         **_traffic_record(federation, before, updates, cohort),
+        **step_record,
         "clients_per_batch": federation.runner.clients_per_batch,
         **seconds,
         "excluded": dict(sorted(excluded.items())),
@@ -269,20 +278,48 @@ def make_work(federation: Federation, state: FederationState, client_id: str) ->
 
 def _server_step(
     federation: Federation, state: FederationState, outcomes: dict[str, ClientOutcome], excluded: dict[str, str]
-) -> tuple[FederationState, list[Update]]:
-    """Aggregate what arrived; a refused update is excluded with its reason and changes nothing at its client."""
+) -> tuple[FederationState, list[Update], dict[str, Any]]:
+    """Aggregate what arrived; a refused update is excluded with its reason and changes nothing at its client.
+
+    Returns:
+        The state after the round, the accepted updates, and what the round's record says of the step.
+    """
     round_num, rules = state.server.round_num + 1, server_rules(federation)
     shared = rules.method.shared_parts(round_num)
+    norms: list[float] = []
     replies = (
-        Update(client_id, round_num, outcome.num_examples, select_lazily(outcome.tensors, shared))
+        Update(client_id, round_num, outcome.num_examples, _sent(federation, state, outcome, shared, norms))
         for client_id, outcome in sorted(outcomes.items())
     )
     updates, refused = accept_updates(rules, state.server, replies)
     excluded |= refused
     for client_id in refused:
         del outcomes[client_id]
-    server = server_step(rules, state.server, updates, excluded)
-    return with_outcomes(federation, replace(state, server=server), outcomes), updates
+    server, record = server_step_with_record(rules, state.server, updates, excluded)
+    if rules.privacy is not None:
+        clip_fraction = rules.privacy.clip_fraction(norms) if norms else record.pop("clip_fraction", None)
+        everybody, cohort_size = list(federation.participants), federation.rounds.cohort_size
+        most = most_rounds(everybody, cohort_size, seed=federation.seed, num_rounds=round_num)
+        record |= privacy_record(rules.privacy, num_rounds=round_num, most_rounds=most, clip_fraction=clip_fraction)
+    return with_outcomes(federation, replace(state, server=server), outcomes), updates, record
+
+
+def _sent(
+    federation: Federation,
+    state: FederationState,
+    outcome: ClientOutcome,
+    shared: frozenset[Part],
+    norms: list[float],
+) -> Tensors:
+    """The factors that a client sends; under local privacy with its noise, and the norm of its change is noted."""
+    tensors, privacy = select_lazily(outcome.tensors, shared), federation.rounds.privacy
+    if privacy is None or privacy.mode == "central":
+        return tensors
+    start = starting_adapter(federation, state, outcome.client_id)
+    key = derive_key(noise_key(privacy, state.server), "client", outcome.client_id)
+    release = privatized(privacy, start, tensors, round_num=outcome.round_num, key=key)
+    norms += release.norms
+    return release.tensors
 
 
 def with_outcomes(
@@ -320,9 +357,12 @@ def _traffic_record(
     federation: Federation, before: ServerState, updates: Sequence[Update], cohort: Sequence[str]
 ) -> dict[str, Any]:
     """Weights and bytes of the round after `before`."""
-    weights = client_weights({item.client_id: item.num_examples for item in updates}, federation.rounds.weighting)
+    robust = federation.rounds.robust
+    weighting = "uniform" if robust is not None else federation.rounds.weighting
+    weights = client_weights({item.client_id: item.num_examples for item in updates}, weighting)
+    chooses_one = robust is not None and robust.name == "krum"
     return {
-        "effective_cohort_size": effective_clients(list(weights.values())),
+        "effective_cohort_size": 1.0 if chooses_one else effective_clients(list(weights.values())),
         "bytes_up": sum(num_bytes(update.tensors) for update in updates),
         "bytes_down": _bytes_down(federation, before, cohort),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
 from sfedlora.seeds import numpy_generator
 
-__all__ = ["choose_evaluated", "sample_cohort", "sample_evaluated"]
+__all__ = ["choose_evaluated", "most_rounds", "sample_cohort", "sample_evaluated"]
 
 
 def sample_cohort(client_ids: Sequence[str], cohort_size: int | None, *, seed: int, round_num: int) -> tuple[str, ...]:
@@ -18,6 +19,16 @@ def sample_cohort(client_ids: Sequence[str], cohort_size: int | None, *, seed: i
     generator = numpy_generator(seed, "cohort", round_num)
     chosen = generator.choice(len(ordered), size=cohort_size, replace=False)
     return tuple(ordered[index] for index in sorted(chosen.tolist()))
+
+
+def most_rounds(client_ids: Sequence[str], cohort_size: int | None, *, seed: int, num_rounds: int) -> int:
+    """In how many of the first rounds the client that was drawn most often was in the cohort."""
+    if cohort_size is None or cohort_size >= len(client_ids):
+        return num_rounds
+    counts: Counter[str] = Counter()
+    for round_num in range(1, num_rounds + 1):
+        counts.update(sample_cohort(client_ids, cohort_size, seed=seed, round_num=round_num))
+    return max(counts.values())
 
 
 def sample_evaluated(client_ids: Sequence[str], num_evaluated: int, *, seed: int) -> tuple[str, ...]:

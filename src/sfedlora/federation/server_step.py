@@ -1,20 +1,26 @@
 """What the server does with the replies of a round: refuse, aggregate, step.
 
 The same for a simulation and for a server across sites, which has no base model: `ServerRules` is all that it needs.
+
+Under local privacy the clients send what `privatized` made; under central privacy they send what they have, and the
+noise is added here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sfedlora.errors import RunError, UpdateError
+from sfedlora.federation.robust import RobustRule, krum, robust_mean
 from sfedlora.federation.server_optimizer import ServerOptimizer, apply_server_optimizer
-from sfedlora.methods import Method, aggregate, check_update
+from sfedlora.methods import Method, aggregate, check_update, check_updates
 from sfedlora.methods.base import Weighting
-from sfedlora.types import LoraSizes, ServerState, Update
+from sfedlora.privacy.mechanism import Privacy, noise_key, noised_mean, with_noise_key
+from sfedlora.types import LoraSizes, ServerState, Tensors, Update, select_parts
 
-__all__ = ["ServerRules", "accept_updates", "server_step"]
+__all__ = ["ServerRules", "accept_updates", "server_step", "server_step_with_record"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,16 @@ class ServerRules:
         sizes: rank and gamma of the shared factors and of every client's.
         weighting: weight of a client in every average.
         server_optimizer: a step along the change of the shared factors; None takes the method's result as it is.
+        robust: a rule that takes the place of the mean; None for the mean.
+        privacy: differential privacy of the clients; None for none.
     """
 
     method: Method
     sizes: LoraSizes
     weighting: Weighting
     server_optimizer: ServerOptimizer | None = None
+    robust: RobustRule | None = None
+    privacy: Privacy | None = None
 
 
 def accept_updates(
@@ -55,7 +65,7 @@ def accept_updates(
 
 
 def server_step(
-    rules: ServerRules, state: ServerState, updates: Sequence[Update], excluded: dict[str, str]
+    rules: ServerRules, state: ServerState, updates: Sequence[Update], excluded: Mapping[str, str]
 ) -> ServerState:
     """The state after a round.
 
@@ -66,13 +76,59 @@ def server_step(
         excluded: why the other clients of the cohort are not among them, for the message where none is.
 
     Raises:
-        RunError: there is no update.
+        RunError: there is no update, or fewer than the robust rule needs.
+    """
+    return server_step_with_record(rules, state, updates, excluded)[0]
+
+
+def server_step_with_record(
+    rules: ServerRules, state: ServerState, updates: Sequence[Update], excluded: Mapping[str, str]
+) -> tuple[ServerState, dict[str, Any]]:
+    """`server_step`, and what the round's line of metrics.jsonl says of it.
+
+    Returns:
+        The state, and `robust_selected` (the client that Krum chose) or `clip_fraction` (central privacy: the share of
+        clients whose change was clipped), where they apply.
     """
     round_num = state.round_num + 1
     if not updates:
         reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
         raise RunError(f"round {round_num}: every client of the cohort failed ({reasons})")
-    after = aggregate(rules.method, state, updates, weighting=rules.weighting, sizes=rules.sizes)
-    if rules.server_optimizer is None:
-        return after
-    return apply_server_optimizer(rules.server_optimizer, state, after, rules.method.shared_parts(round_num))
+    state = with_noise_key(rules.privacy, state)
+    after, record = _aggregated(rules, state, updates)
+    if rules.server_optimizer is not None:
+        after = apply_server_optimizer(rules.server_optimizer, state, after, rules.method.shared_parts(round_num))
+    return after, record
+
+
+def _aggregated(
+    rules: ServerRules, state: ServerState, updates: Sequence[Update]
+) -> tuple[ServerState, dict[str, Any]]:
+    """The method's server step, or the robust or the private one in its place."""
+    method, robust, privacy = rules.method, rules.robust, rules.privacy
+    before = select_parts(state.shared, method.shared_parts(state.round_num + 1))
+    if robust is not None and robust.name == "krum":
+        check_updates(method, state, updates, rules.sizes)
+        chosen = krum(robust, before, updates, rules.sizes)
+        after = aggregate(method, state, [chosen], weighting="uniform", sizes=rules.sizes)
+        return after, {"robust_selected": chosen.client_id}
+    if robust is not None:
+        check_updates(method, state, updates, rules.sizes)
+        return _moved(state, robust_mean(robust, before, updates)), {}
+    if privacy is not None and privacy.mode == "central":
+        check_updates(method, state, updates, rules.sizes)
+        return _noised(privacy, state, before, updates)
+    return aggregate(method, state, updates, weighting=rules.weighting, sizes=rules.sizes), {}
+
+
+def _noised(
+    privacy: Privacy, state: ServerState, before: Tensors, updates: Sequence[Update]
+) -> tuple[ServerState, dict[str, Any]]:
+    ordered = (update.tensors for update in sorted(updates, key=lambda update: update.client_id))
+    key = noise_key(privacy, state)
+    release = noised_mean(privacy, before, ordered, round_num=state.round_num + 1, key=key)
+    return _moved(state, release.tensors), {"clip_fraction": privacy.clip_fraction(release.norms)}
+
+
+def _moved(state: ServerState, factors: Tensors) -> ServerState:
+    return replace(state, round_num=state.round_num + 1, shared={**state.shared, **factors})

@@ -14,6 +14,7 @@ from sfedlora.data.partition import ClientSplit
 from sfedlora.federation.evaluate import EvalBatching
 from sfedlora.federation.initialize import SHARED_OWNER, Initialization, draw_a
 from sfedlora.federation.objective import Task
+from sfedlora.federation.robust import RobustRule
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.schedule import Schedule
 from sfedlora.federation.server_optimizer import ServerOptimizer
@@ -22,6 +23,7 @@ from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.methods import Method, client_factors
 from sfedlora.methods.base import Weighting
+from sfedlora.privacy.mechanism import Privacy, with_noise_key
 from sfedlora.types import LoraSizes, Part, ServerState, Tensors, select_parts
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "RoundSettings",
     "initial_state",
     "load_serving",
+    "rules_of",
     "server_rules",
     "serves_one_model",
     "serving_adapter",
@@ -54,6 +57,8 @@ class RoundSettings:
     evaluate_every: int
     evaluated: Literal["all", "cohort"] | int
     server_optimizer: ServerOptimizer | None = None
+    robust: RobustRule | None = None
+    privacy: Privacy | None = None
 
 
 @dataclass(frozen=True)
@@ -142,14 +147,20 @@ def with_clients(clients: Mapping[str, Tensors], changed: Mapping[str, Tensors])
 
 def server_rules(federation: Federation) -> ServerRules:
     """What the server of a federation does with updates."""
-    rounds = federation.rounds
-    return ServerRules(federation.method, federation.sizes, rounds.weighting, rounds.server_optimizer)
+    return rules_of(federation.method, federation.sizes, federation.rounds)
+
+
+def rules_of(method: Method, sizes: LoraSizes, rounds: RoundSettings) -> ServerRules:
+    """The rules that round settings ask for."""
+    return ServerRules(
+        method, sizes, rounds.weighting, rounds.server_optimizer, robust=rounds.robust, privacy=rounds.privacy
+    )
 
 
 def initial_state(federation: Federation) -> FederationState:
     """The state before round 1."""
     shared = select_parts(federation.initial, frozenset(Part) - federation.method.personal_parts())
-    return FederationState(ServerState(0, shared, {}), {}, {})
+    return FederationState(with_noise_key(federation.rounds.privacy, ServerState(0, shared, {})), {}, {})
 
 
 def serving_adapter(federation: Federation, state: FederationState, client_id: str) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ from sfedlora.artifacts import Checkpoint, CheckpointWriter, RunDirectory, adapt
 from sfedlora.errors import RunError
 from sfedlora.experiment import with_best
 from sfedlora.federation.evaluate import EvalResult
-from sfedlora.federation.sampling import choose_evaluated, sample_cohort
-from sfedlora.federation.server_step import accept_updates, server_step
+from sfedlora.federation.record import privacy_record
+from sfedlora.federation.sampling import choose_evaluated, most_rounds, sample_cohort
+from sfedlora.federation.server_step import accept_updates, server_step_with_record
 from sfedlora.federation.spool import Spool
 from sfedlora.federation.state import FederationState
 from sfedlora.flower.asking import LostStateError, Task, open_reply, request_of
@@ -34,6 +35,7 @@ from sfedlora.flower.server_record import (
     trained_record,
 )
 from sfedlora.flower.sites import Log, Sites
+from sfedlora.privacy.mechanism import with_noise_key
 from sfedlora.setup.server import PreparedServer
 from sfedlora.types import Part, ServerState, Tensors, Update, select_parts
 
@@ -45,7 +47,7 @@ Splits = tuple[Split, ...]
 def first_checkpoint(server: PreparedServer) -> Checkpoint:
     """The state before round 1; no file is written for it."""
     parts = frozenset(Part) - server.rules.method.personal_parts()
-    state = ServerState(0, select_parts(server.initial, parts), {})
+    state = with_noise_key(server.rules.privacy, ServerState(0, select_parts(server.initial, parts), {}))
     nothing = dict.fromkeys(("initial", "best_round", "best_loss", "pending"))
     return Checkpoint(FederationState(state, {}, {}), {**nothing, "best_accepted": {}})
 
@@ -146,12 +148,13 @@ class Rounds:
         updates, refused = accept_updates(rules, state, offered)
         excluded |= refused
         self._require_enough(round_num, updates, excluded)
-        after = server_step(rules, state, updates, excluded)
+        after, step_record = server_step_with_record(rules, state, updates, excluded)
         for update in updates:
             self._sites.accept(update.client_id, round_num)
         record = trained_record(self._server, round_num, cohort, updates, answers.replies, excluded) | {
             "bytes_up": answers.bytes_up,
             "bytes_down": answers.bytes_down,
+            **self._protection_record(round_num, step_record),
             "train_seconds": train_seconds,
             "aggregate_seconds": time.perf_counter() - clock,
         }
@@ -259,6 +262,15 @@ class Rounds:
             f"round {round_num}: {len(updates)} usable replies, flower.min_replies is {least} ({reasons}); mend the "
             "sites and go on with resume=true"
         )
+
+    def _protection_record(self, round_num: int, step_record: Mapping[str, Any]) -> dict[str, Any]:
+        """What a round's line says of robust rules and privacy; sites that clip themselves tell nobody how often."""
+        record, privacy = dict(step_record), self._server.rules.privacy
+        clip_fraction = record.pop("clip_fraction", None)
+        everybody, cohort_size = list(self._sites.known), self._server.rounds.cohort_size
+        most = most_rounds(everybody, cohort_size, seed=self._server.config.seed, num_rounds=round_num)
+        spent = privacy_record(privacy, num_rounds=round_num, most_rounds=most, clip_fraction=clip_fraction)
+        return record | spent
 
     def _write_shared(self, state: ServerState) -> None:
         server = self._server

@@ -25,7 +25,7 @@ from sfedlora.errors import (
     SfedLoraError,
     StorageError,
 )
-from sfedlora.federation.client import ClientOutcome, TrainMetrics
+from sfedlora.federation.client import ClientOutcome, ClientWork, TrainMetrics
 from sfedlora.federation.eval_work import evaluate_work, split_works
 from sfedlora.federation.evaluate import EvalResult
 from sfedlora.federation.memory import is_out_of_memory
@@ -50,6 +50,8 @@ from sfedlora.flower.protocol import (
 from sfedlora.flower.settings import SiteSettings, app_config, site_settings
 from sfedlora.flower.site_store import SiteStore
 from sfedlora.lora.base_delta import select_deltas
+from sfedlora.privacy.mechanism import Privacy, noise_key, privatized
+from sfedlora.privacy.noise import derive_key
 from sfedlora.setup.environment import library_versions
 from sfedlora.setup.site import SiteData, adapt_site, load_site
 from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, select_parts
@@ -155,14 +157,19 @@ class Site:
         )
         if not request.train:
             return seal(reply)
-        outcome, gain = _train(federation, state, client_id)
+        outcome, work = _train(federation, state, client_id)
         after = with_outcomes(federation, state, {client_id: outcome})
         store.save(request.round_num, after.personal[client_id], after.optimizer.get(client_id, {}))
         store.keep({request.round_num, request.personal_round, *request.kept_rounds})
         if request.metrics:
+            gain = gain_of(work.start, work.size.scaling)
             reply = reply.model_copy(update={"measured": _measured(outcome.metrics, gain)})
-        shared = federation.method.shared_parts(request.round_num)
-        return seal(reply, select_parts(outcome.tensors, shared), dtype=request.wire_dtype)
+        update: Tensors = select_parts(outcome.tensors, federation.method.shared_parts(request.round_num))
+        privacy = federation.rounds.privacy
+        if privacy is not None and privacy.mode == "local":
+            key = _noise_key(privacy, store, client_id)
+            update = privatized(privacy, work.start, update, round_num=request.round_num, key=key).tensors
+        return seal(reply, update, dtype=request.wire_dtype)
 
     def _loaded(self) -> SiteData:
         if self._data is None:
@@ -263,13 +270,20 @@ def _evaluate(federation: Federation, state: FederationState, client_id: str, sp
     return result
 
 
-def _train(federation: Federation, state: FederationState, client_id: str) -> tuple[ClientOutcome, float]:
-    """The client's outcome, and the gain that it started with."""
+def _noise_key(privacy: Privacy, store: SiteStore, client_id: str) -> bytes:
+    """The key of the site's own noise: secret, or in experiments that are to be repeated the one of a local run."""
+    if privacy.noise_seed is None:
+        return store.secret_key()
+    return derive_key(noise_key(privacy, ServerState(0, {}, {})), "client", client_id)
+
+
+def _train(federation: Federation, state: FederationState, client_id: str) -> tuple[ClientOutcome, ClientWork]:
+    """The client's outcome, and the work that it came from."""
     work = make_work(federation, state, client_id)
     [result] = federation.runner.run_cohort([work])
     if isinstance(result, ClientError):
         raise result
-    return result, gain_of(work.start, work.size.scaling)
+    return result, work
 
 
 def _measured(metrics: TrainMetrics, gain: float) -> Measured:

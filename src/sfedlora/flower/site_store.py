@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sfedlora.data.directories import safe_directory_name
 from sfedlora.errors import StorageError
+from sfedlora.privacy.noise import KEY_BYTES, random_key
 from sfedlora.storage import (
     add_file,
     directory_written_whole,
@@ -24,6 +25,7 @@ from sfedlora.storage import (
     remove_directory,
     to_json,
     to_safetensors,
+    write_bytes,
 )
 from sfedlora.types import Tensors
 
@@ -102,6 +104,20 @@ class SiteStore:
         for round_num in self.rounds():
             if round_num not in round_nums:
                 remove_directory(self._folder(round_num))
+
+    def secret_key(self) -> bytes:
+        """The key of the noise that this site adds; drawn once, never sent.
+
+        Raises:
+            StorageError: it cannot be written, or is damaged.
+        """
+        path = self.path / "noise.key"
+        if not path.is_file():
+            write_bytes(path, random_key(), private=True)
+        key = path.read_bytes()
+        if len(key) != KEY_BYTES:
+            raise StorageError(f"{path}: {len(key)} bytes, expected {KEY_BYTES}; remove it for a new key")
+        return key
 
     def _folder(self, round_num: int) -> Path:
         return self.path / f"round-{round_num:06d}"

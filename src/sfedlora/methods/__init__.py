@@ -17,6 +17,7 @@ from sfedlora.errors import ConfigError
 from sfedlora.methods.aggregation import aggregate as aggregate
 from sfedlora.methods.aggregation import broadcast_tensors as broadcast_tensors
 from sfedlora.methods.aggregation import check_update as check_update
+from sfedlora.methods.aggregation import check_updates as check_updates
 from sfedlora.methods.aggregation import client_factors as client_factors
 from sfedlora.methods.aggregation import client_weights as client_weights
 from sfedlora.methods.base import Contribution as Contribution
@@ -54,6 +55,7 @@ __all__ = [
     "aggregate",
     "broadcast_tensors",
     "check_update",
+    "check_updates",
     "client_factors",
     "client_weights",
     "find_method",

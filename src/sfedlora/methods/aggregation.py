@@ -20,7 +20,7 @@ from sfedlora.lora.base_delta import broadcast_deltas
 from sfedlora.methods.base import Contribution, Method, Weighting
 from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, Update, part_of, select_parts
 
-__all__ = ["aggregate", "broadcast_tensors", "check_update", "client_factors", "client_weights"]
+__all__ = ["aggregate", "broadcast_tensors", "check_update", "check_updates", "client_factors", "client_weights"]
 
 
 def client_weights(num_examples: Mapping[str, int], weighting: Weighting) -> dict[str, float]:
@@ -52,7 +52,7 @@ def aggregate(
             extra or non-finite tensor or one of another shape or dtype. The message names the client and the tensor.
     """
     round_num = state.round_num + 1
-    _check_all(method, state, updates, sizes)
+    check_updates(method, state, updates, sizes)
     by_id = {update.client_id: update for update in updates}
     weights = client_weights({client_id: update.num_examples for client_id, update in by_id.items()}, weighting)
     contributions = [
@@ -85,7 +85,12 @@ def broadcast_tensors(
     return {**factors, **broadcast_deltas(state.extra, is_current=is_current)}
 
 
-def _check_all(method: Method, state: ServerState, updates: Sequence[Update], sizes: LoraSizes) -> None:
+def check_updates(method: Method, state: ServerState, updates: Sequence[Update], sizes: LoraSizes) -> None:
+    """Check all updates of a round: at least one, none twice, and each as `check_update` does.
+
+    Raises:
+        UpdateError: the first that is wrong.
+    """
     round_num = state.round_num + 1
     if not updates:
         raise UpdateError(f"round {round_num} has no update to aggregate", client_id="(none)")

@@ -11,6 +11,7 @@ from sfedlora.data.partition import ClientSplit
 from sfedlora.errors import ConfigError
 from sfedlora.federation.client import LocalTraining, TrainingSetup
 from sfedlora.federation.evaluate import EvalBatching
+from sfedlora.federation.robust import RobustRule
 from sfedlora.federation.runners import Runner
 from sfedlora.federation.runners.batched import BatchedRunner
 from sfedlora.federation.runners.serial import SerialRunner
@@ -19,10 +20,13 @@ from sfedlora.federation.state import POOLED_ID, Federation, RoundSettings
 from sfedlora.lora.base_model import BaseModel
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.methods import Method
+from sfedlora.privacy.accounting import require_accounting
+from sfedlora.privacy.mechanism import Privacy
+from sfedlora.seeds import derive_seed
 from sfedlora.setup.adapter import chosen_init
 from sfedlora.types import LoraSizes, Tensors
 
-__all__ = ["build_federation", "round_settings", "server_optimizer"]
+__all__ = ["build_federation", "round_settings"]
 
 
 def build_federation(
@@ -80,12 +84,12 @@ def build_federation(
         task=config.model.task,
         pad_token_id=pad_token_id,
         batching=EvalBatching(config.evaluation.batch_size, config.evaluation.max_batch_tokens),
-        rounds=round_settings(config, method),
+        rounds=round_settings(config, method, num_clients=len(splits)),
         seed=config.seed,
     )
 
 
-def round_settings(config: RunConfig, method: Method) -> RoundSettings:
+def round_settings(config: RunConfig, method: Method, *, num_clients: int) -> RoundSettings:
     """How rounds are run, of a resolved configuration."""
     rounds, local = config.rounds, config.local
     return RoundSettings(
@@ -97,12 +101,13 @@ def round_settings(config: RunConfig, method: Method) -> RoundSettings:
         warmup_rounds=local.warmup_rounds,
         evaluate_every=config.evaluation.every,
         evaluated=_evaluated(config),
-        server_optimizer=server_optimizer(config),
+        server_optimizer=_server_optimizer(config),
+        robust=None if config.robust == "none" else RobustRule(config.robust, config.robust_attackers or 0),
+        privacy=_privacy(config, num_clients),
     )
 
 
-def server_optimizer(config: RunConfig) -> ServerOptimizer | None:
-    """The server optimizer of a resolved configuration."""
+def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
     rounds = config.rounds
     if rounds.server_optimizer == "none":
         return None
@@ -114,6 +119,22 @@ def server_optimizer(config: RunConfig) -> ServerOptimizer | None:
         rounds.server_momentum,
         rounds.server_beta2,
         rounds.server_tau,
+    )
+
+
+def _privacy(config: RunConfig, num_clients: int) -> Privacy | None:
+    section = config.privacy
+    if section.mode == "none" or section.clip_norm is None or section.noise_multiplier is None:
+        return None
+    require_accounting()
+    return Privacy(
+        section.mode,
+        section.clip_norm,
+        section.noise_multiplier,
+        section.delta,
+        num_clients=num_clients,
+        cohort_size=config.rounds.cohort_size or num_clients,
+        noise_seed=derive_seed(config.seed, "privacy noise") if section.noise == "seeded" else None,
     )
 
 

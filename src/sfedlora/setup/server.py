@@ -9,7 +9,7 @@ from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError
 from sfedlora.federation.initialize import InitialA, Initialization
 from sfedlora.federation.server_step import ServerRules
-from sfedlora.federation.state import RoundSettings
+from sfedlora.federation.state import RoundSettings, rules_of
 from sfedlora.lora.base_model import Skeleton, load_skeleton
 from sfedlora.methods import make_method
 from sfedlora.seeds import derive_seed
@@ -22,7 +22,7 @@ from sfedlora.setup.adapter import (
     require_ranks,
     scaling_clients,
 )
-from sfedlora.setup.build import round_settings, server_optimizer
+from sfedlora.setup.build import round_settings
 from sfedlora.setup.resolve import resolve_rules
 from sfedlora.types import Tensors
 
@@ -133,11 +133,12 @@ def prepare_server(config: RunConfig, skeleton: Skeleton, num_examples: Mapping[
     formed = draw_initial_a(resolved, method, num_examples, skeleton.layout, rank)
     num_scaling_clients = scaling_clients(resolved, method, formed, len(num_examples))
     sizes = lora_sizes(resolved, ranks, num_scaling_clients)
+    rounds = round_settings(resolved, method, num_clients=len(num_examples))
     return PreparedServer(
         config=resolved,
         skeleton=skeleton,
-        rules=ServerRules(method, sizes, resolved.rounds.weighting, server_optimizer(resolved)),
-        rounds=round_settings(resolved, method),
+        rules=rules_of(method, sizes, rounds),
+        rounds=rounds,
         initial=initial_adapter(skeleton.layout, formed, skeleton.head, rank),
         formed=formed,
         init=chosen_init(resolved),
