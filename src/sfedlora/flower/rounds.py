@@ -113,7 +113,9 @@ class Rounds:
     def _round(self, checkpoint: Checkpoint, spool: Spool) -> Checkpoint:
         """The round after a checkpoint."""
         state, progress, rules = checkpoint.state.server, checkpoint.progress, self._server.rules
-        round_num, accepted = state.round_num + 1, self._accepted()
+        round_num, least = state.round_num + 1, self._flower.min_replies
+        self._sites.wait_for(least, enough=least, seconds=self._flower.join_deadline_seconds)
+        accepted = self._accepted()
         cohort, evaluated = self._cohort(round_num), self._evaluated(state.round_num)
         if state.round_num % self._server.rounds.evaluate_every:
             evaluated = ()
@@ -145,7 +147,7 @@ class Rounds:
         ]
         updates, refused = accept_updates(rules, state, offered)
         excluded |= refused
-        self._require_enough(round_num, updates, excluded)
+        _require_enough(round_num, len(updates), least, excluded)
         after = server_step(rules, state, updates, excluded)
         for update in updates:
             self._sites.accept(update.client_id, round_num)
@@ -235,6 +237,8 @@ class Rounds:
         ]
         with Spool(self._scratch) as spool:
             answers = self._ask(state, tasks, spool)
+        least = min(self._flower.min_replies, len(tasks))
+        _require_enough(state.round_num + 1, len(answers.replies), least, answers.failed)
         return {split: evaluation_results(answers.replies, split) for split in splits}
 
     def _completed(self, progress: Mapping[str, Any], results: Mapping[str, EvalResult]) -> dict[str, Any]:
@@ -250,16 +254,6 @@ class Rounds:
             after["best_accepted"] = {key: site["accepted_round"] for key, site in progress["sites"].items()}
         return after
 
-    def _require_enough(self, round_num: int, updates: Sequence[Update], excluded: Mapping[str, str]) -> None:
-        least = self._flower.min_replies
-        if len(updates) >= least:
-            return
-        reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
-        raise RunError(
-            f"round {round_num}: {len(updates)} usable replies, flower.min_replies is {least} ({reasons}); mend the "
-            "sites and go on with resume=true"
-        )
-
     def _write_shared(self, state: ServerState) -> None:
         server = self._server
         facts = adapter_facts(
@@ -271,3 +265,12 @@ class Rounds:
         )
         tensors = {**server.initial, **state.shared}
         write_served(self._directory.adapter_path(None), tensors, state.extra, server.rules.sizes.server, facts)
+
+
+def _require_enough(round_num: int, num_usable: int, least: int, excluded: Mapping[str, str]) -> None:
+    if num_usable < least:
+        reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
+        raise RunError(
+            f"round {round_num}: {num_usable} usable replies, flower.min_replies is {least} ({reasons}); mend the "
+            "sites and go on with resume=true"
+        )

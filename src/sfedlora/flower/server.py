@@ -55,10 +55,11 @@ def serve(config: RunConfig, exchange: Exchange, *, resume: bool, log: Log) -> R
         log(f"{output}: going on after round {checkpoint.state.server.round_num}")
         _wait(config, sites, len(sites.known))
     else:
-        _wait(config, sites, len(config.flower.sites or ()) or config.partition.num_clients or 1)
-        counts = {client_id: site.num_examples for client_id, site in sites.known.items()}
-        server = prepare_server(config, skeleton, counts)
-        directory = _create(output, server, sites.known)
+        expected = len(config.flower.sites or ()) or config.partition.num_clients or 1
+        _wait(config, sites, expected)
+        first = dict(list(sites.known.items())[:expected])  # others that reported at the same moment join later
+        server = prepare_server(config, skeleton, {client_id: site.num_examples for client_id, site in first.items()})
+        directory = _create(output, server, first)
         checkpoint = first_checkpoint(server)
     with tempfile.TemporaryDirectory(prefix="sfedlora-") as scratch:
         rounds = Rounds(server, sites, directory, scratch=Path(scratch), log=log)
