@@ -105,11 +105,29 @@ def open_reply(
             f"a reply of client {reply.client_id!r} for round {reply.round_num}; expected {task.client_id!r} and round "
             f"{round_num}"
         )
-    if reply.trained != task.train:
-        raise MessageError("an update that was not asked for" if reply.trained else "no update in the reply")
-    if reply.num_examples != task.num_examples:
-        raise MessageError(f"states {reply.num_examples} training examples; it joined with {task.num_examples}")
+    _require_as_asked(server, task, reply)
+    if task.train and answer.dtype != server.config.flower.wire_dtype:
+        raise MessageError(f"factors in {answer.dtype}; asked for {server.config.flower.wire_dtype}")
     rules = server.rules
     parts = rules.method.shared_parts(round_num) if task.train else ()
     expected = server.skeleton.layout.shapes(rules.sizes.of(task.client_id).rank, parts)
     return reply, open_tensors(answer, reply.layout, expected)
+
+
+def _require_as_asked(server: PreparedServer, task: Task, reply: RoundReply) -> None:
+    """Refuse a reply that states more, less or other things than the task asked for.
+
+    Raises:
+        MessageError: what differs.
+    """
+    if reply.trained != task.train:
+        raise MessageError("an update that was not asked for" if reply.trained else "no update in the reply")
+    if reply.num_examples != task.num_examples:
+        raise MessageError(f"states {reply.num_examples} training examples; it joined with {task.num_examples}")
+    if reply.personal_round != task.personal_round:
+        raise MessageError(f"used the B of round {reply.personal_round}; asked for that of {task.personal_round}")
+    is_measured = server.config.flower.metrics != "none"
+    if reply.evaluated.keys() != set(task.evaluate if is_measured else ()):
+        raise MessageError(f"evaluated {sorted(reply.evaluated)}; asked for {sorted(task.evaluate)}")
+    if (reply.measured is not None) != (is_measured and task.train):
+        raise MessageError("measurements that were not asked for" if reply.measured else "no measurements in the reply")

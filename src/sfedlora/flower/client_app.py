@@ -7,6 +7,7 @@ does the work itself (`trainer="none"` in the node's settings, and in simulation
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -60,6 +61,9 @@ def _answer(message: Message, context: Context, config_path: Path) -> Envelope:
     except SfedLoraError as error:
         print(f"sfedlora: {error}", flush=True)
         return failure("settings")
+    except Exception:  # Flower would send its text to the server
+        print(f"sfedlora: {traceback.format_exc()}", flush=True)
+        return failure("internal")
 
 
 @lru_cache(maxsize=1)

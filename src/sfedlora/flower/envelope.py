@@ -7,10 +7,11 @@ from typing import Literal
 
 from sfedlora.errors import SfedLoraError
 
-__all__ = ["ITEM_BYTES", "Envelope", "MessageError", "WireDtype", "failure"]
+__all__ = ["ITEM_BYTES", "Envelope", "MessageError", "WireDtype", "failure", "quoted"]
 
 WireDtype = Literal["float32", "bfloat16"]
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+QUOTED_LENGTH = 100
 
 
 class MessageError(SfedLoraError):
@@ -35,3 +36,9 @@ class Envelope:
 def failure(code: str) -> Envelope:
     """A `protocol.Failure` on its way."""
     return Envelope(f'{{"kind":"failure","code":"{code}"}}')
+
+
+def quoted(text: object) -> str:
+    """Text that the other side chose, as a log can take it: on one line, without control characters, short."""
+    shown = str(text)
+    return repr(shown if len(shown) <= QUOTED_LENGTH else f"{shown[:QUOTED_LENGTH]}...")

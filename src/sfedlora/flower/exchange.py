@@ -64,9 +64,9 @@ class GridExchange:
         ids = {}
         for node, envelope in messages.items():
             message = Message(to_records(envelope), node, MESSAGE_TYPES[kind], ttl=seconds + SLACK_SECONDS)
-            [message_id] = self.grid.push_messages([message])
-            ids[node] = message_id
-        return {node: message_id or "" for node, message_id in ids.items()}
+            pushed = [*self.grid.push_messages([message])]
+            ids[node] = (pushed[0] or "") if pushed else ""  # Flower gives none, or nothing, for what it cannot push
+        return ids
 
     def pull(self, message_id: str) -> Envelope | Lost | None:
         """The answer, if it has come."""

@@ -16,14 +16,16 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from sfedlora.config import RunConfig
-from sfedlora.flower.envelope import ITEM_BYTES, Envelope, MessageError, WireDtype
+from sfedlora.flower.envelope import ITEM_BYTES, Envelope, MessageError, WireDtype, quoted
 from sfedlora.types import Tensors
 
 __all__ = [
+    "LARGEST",
+    "MAX_CLIENT_ID",
     "PROTOCOL",
     "Envelope",
     "Evaluated",
@@ -45,12 +47,28 @@ __all__ = [
 PROTOCOL = 1
 MAX_FACTS_BYTES = 8_000_000
 """Text of one message: a layout of 10,000 factors takes about 1 MB."""
+MAX_CLIENT_ID = 200
+LARGEST = 1e30
+"""Bound of measured numbers: sums of what a cohort reports stay finite."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Shape = Annotated[list[Annotated[int, Field(ge=1, le=1_000_000_000)]], Field(max_length=8)]
+Layout = list[tuple[Name, Shape]]
+"""No size is 0, so a layout that fits its bytes is no larger than they are."""
 FailureCode = Literal[
     "settings", "data", "model", "state", "lost-state", "training", "diverged", "memory", "message", "internal"
 ]
+
+
+def _printable(client_id: str) -> str:
+    if not client_id.isprintable():
+        raise ValueError("a client id with control characters")
+    return client_id
+
+
+ClientId = Annotated[str, Field(min_length=1, max_length=MAX_CLIENT_ID), AfterValidator(_printable)]
 
 
 class _Facts(BaseModel):
@@ -84,11 +102,11 @@ class HelloReply(_Facts):
     """
 
     kind: Literal["hello-reply"] = "hello-reply"
-    client_id: Name
+    client_id: ClientId
     num_examples: Annotated[int, Field(ge=1, le=1_000_000_000)]
     base_sha256: Name
     dtype: Name
-    versions: dict[Name, Name]
+    versions: Annotated[dict[Name, Name], Field(max_length=50)]
 
 
 class RoundRequest(_Facts):
@@ -125,16 +143,16 @@ class RoundRequest(_Facts):
     write_adapter: bool = False
     metrics: bool
     wire_dtype: WireDtype
-    layout: list[tuple[Name, list[Count]]] = []
+    layout: Layout = []
 
 
 class Measured(_Facts):
-    """What local training measured; as `federation.client.TrainMetrics`, None for what is not a finite number."""
+    """What local training measured; as `federation.client.TrainMetrics`, None for what is not within `LARGEST`."""
 
-    train_loss: float | None
-    grad_norm_a: float | None
-    grad_norm_b: float | None
-    gain: float | None
+    train_loss: Number | None
+    grad_norm_a: Number | None
+    grad_norm_b: Number | None
+    gain: Number | None
     tokens: Count
     padded_tokens: Count
     num_steps: Count
@@ -144,9 +162,9 @@ class Evaluated(_Facts):
     """Metrics over a split; as `federation.evaluate.EvalResult`."""
 
     num_examples: Count
-    loss: float | None
-    accuracy: float | None = None
-    macro_f1: float | None = None
+    loss: Number | None
+    accuracy: Number | None = None
+    macro_f1: Number | None = None
 
 
 class RoundReply(_Facts):
@@ -156,7 +174,7 @@ class RoundReply(_Facts):
         client_id, round_num: as asked for.
         num_examples: its training examples.
         trained: whether the update follows.
-        personal_round: the round whose B it used: 0 where it had none, which may be less than was asked for.
+        personal_round: the round whose B it used, as asked for.
         measured: what training measured; None if it was not asked for.
         evaluated: split -> metrics; empty if they were not asked for.
         layout: names and shapes of the update's factors.
@@ -170,7 +188,7 @@ class RoundReply(_Facts):
     personal_round: Count
     measured: Measured | None = None
     evaluated: dict[Literal["validation", "test"], Evaluated] = {}
-    layout: list[tuple[Name, list[Count]]] = []
+    layout: Layout = []
 
 
 class Failure(_Facts):
@@ -214,8 +232,8 @@ def open_facts(envelope: Envelope, kind: type[Facts]) -> Facts:
         return kind.model_validate_json(envelope.facts)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the message"
-        raise MessageError(f"malformed {kind.__name__}: {where}: {first['msg']}") from None
+        where = quoted(".".join(map(str, first["loc"]))) if first["loc"] else "the message"
+        raise MessageError(f"malformed {kind.__name__}: {where}: {first['msg'][:200]}") from None
 
 
 def open_failure(envelope: Envelope) -> Failure | None:

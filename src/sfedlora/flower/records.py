@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from sfedlora.flower.envelope import ITEM_BYTES, Envelope, MessageError, WireDtype
+from sfedlora.flower.envelope import ITEM_BYTES, Envelope, MessageError, WireDtype, quoted
 
 __all__ = ["from_records", "to_records"]
 
@@ -32,9 +32,9 @@ def from_records(content: RecordDict) -> Envelope:
         MessageError: they hold something else.
     """
     facts, factors = content.config_records.get(_FACTS), content.array_records.get(_FACTORS)
-    if facts is None or factors is None or len(content) != 2 or set(factors) != {_FLAT}:
-        raise MessageError(f"records {sorted(map(str, content))}; expected {_FACTS!r} and {_FACTORS!r}")
-    text: Any = facts.get("facts")
+    if facts is None or factors is None or len(content) != 2 or set(factors) != {_FLAT} or set(facts) != {"facts"}:
+        raise MessageError(f"records {quoted(sorted(map(str, content)))}; expected {_FACTS!r} and {_FACTORS!r} alone")
+    text: Any = facts["facts"]
     flat = factors[_FLAT]
     if not isinstance(text, str) or flat.stype != _RAW or flat.dtype not in get_args(WireDtype):
         raise MessageError("records of another kind; expected facts as text and a flat array of raw bytes")

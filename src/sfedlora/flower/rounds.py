@@ -115,7 +115,9 @@ class Rounds:
     def _round(self, checkpoint: Checkpoint, spool: Spool) -> Checkpoint:
         """The round after a checkpoint."""
         state, progress, rules = checkpoint.state.server, checkpoint.progress, self._server.rules
-        round_num, accepted = state.round_num + 1, self._accepted()
+        round_num, least = state.round_num + 1, self._flower.min_replies
+        self._sites.wait_for(least, enough=least, seconds=self._flower.join_deadline_seconds)
+        accepted = self._accepted()
         cohort, evaluated = self._cohort(round_num), self._evaluated(state.round_num)
         if state.round_num % self._server.rounds.evaluate_every:
             evaluated = ()
@@ -147,7 +149,7 @@ class Rounds:
         ]
         updates, refused = accept_updates(rules, state, offered)
         excluded |= refused
-        self._require_enough(round_num, updates, excluded)
+        _require_enough(round_num, len(updates), least, excluded)
         after, step_record = server_step_with_record(rules, state, updates, excluded)
         for update in updates:
             self._sites.accept(update.client_id, round_num)
@@ -238,6 +240,8 @@ class Rounds:
         ]
         with Spool(self._scratch) as spool:
             answers = self._ask(state, tasks, spool)
+        least = min(self._flower.min_replies, len(tasks))
+        _require_enough(state.round_num + 1, len(answers.replies), least, answers.failed)
         return {split: evaluation_results(answers.replies, split) for split in splits}
 
     def _completed(self, progress: Mapping[str, Any], results: Mapping[str, EvalResult]) -> dict[str, Any]:
@@ -252,16 +256,6 @@ class Rounds:
         if after["best_round"] != progress["best_round"]:
             after["best_accepted"] = {key: site["accepted_round"] for key, site in progress["sites"].items()}
         return after
-
-    def _require_enough(self, round_num: int, updates: Sequence[Update], excluded: Mapping[str, str]) -> None:
-        least = self._flower.min_replies
-        if len(updates) >= least:
-            return
-        reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
-        raise RunError(
-            f"round {round_num}: {len(updates)} usable replies, flower.min_replies is {least} ({reasons}); mend the "
-            "sites and go on with resume=true"
-        )
 
     def _protection_record(self, round_num: int, step_record: Mapping[str, Any]) -> dict[str, Any]:
         """What a round's line says of robust rules and privacy; sites that clip themselves tell nobody how often."""
@@ -283,3 +277,12 @@ class Rounds:
         )
         tensors = {**server.initial, **state.shared}
         write_served(self._directory.adapter_path(None), tensors, state.extra, server.rules.sizes.server, facts)
+
+
+def _require_enough(round_num: int, num_usable: int, least: int, excluded: Mapping[str, str]) -> None:
+    if num_usable < least:
+        reasons = "; ".join(f"{client_id}: {reason}" for client_id, reason in sorted(excluded.items()))
+        raise RunError(
+            f"round {round_num}: {num_usable} usable replies, flower.min_replies is {least} ({reasons}); mend the "
+            "sites and go on with resume=true"
+        )

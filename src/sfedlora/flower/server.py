@@ -61,10 +61,12 @@ def serve(config: RunConfig, exchange: Exchange, *, resume: bool, log: Log) -> R
             log(f"{output}: going on after round {checkpoint.state.server.round_num}")
             _wait(config, sites, len(sites.known))
         else:
-            _wait(config, sites, len(config.flower.sites or ()) or config.partition.num_clients or 1)
-            counts = {client_id: site.num_examples for client_id, site in sites.known.items()}
+            expected = len(config.flower.sites or ()) or config.partition.num_clients or 1
+            _wait(config, sites, expected)
+            first = dict(list(sites.known.items())[:expected])  # others that reported at the same moment join later
+            counts = {client_id: site.num_examples for client_id, site in first.items()}
             server = prepare_server(config, skeleton, counts)
-            fixed = _environment(server, sites.known), _partition(sites.known)
+            fixed = _environment(server, first), _partition(first)
             directory = stack.enter_context(RunDirectory.created(output, server.config, *fixed))
             checkpoint = first_checkpoint(server)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sfedlora-")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ from typing import Any
 
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError
-from sfedlora.flower.protocol import config_digest
+from sfedlora.flower.protocol import MAX_CLIENT_ID, config_digest
 
 __all__ = ["SiteSettings", "app_config", "site_settings"]
 
 _KEYS = ("client-id", "columns", "data", "device", "model", "state-dir", "trainer", "trainer-idle-seconds")
+_TRAINERS = ("process", "none")
 _SIMULATION_KEYS = ("partition-id", "num-partitions")
 
 
@@ -42,7 +44,11 @@ def app_config(config_path: Path, run_config: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: one message that names the key.
     """
-    overrides = shlex.split(str(run_config.get("overrides", "")))
+    text = str(run_config.get("overrides", ""))
+    try:
+        overrides = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"overrides={text!r}: {error}; expected for example overrides='seed=1 threads=2'") from None
     output = str(run_config.get("output", ""))
     return RunConfig.load(config_path, [*overrides, *([f"output={output}"] if output else [])])
 
@@ -51,7 +57,7 @@ def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSett
     """The settings of a site, from the configuration and what its node was started with (`--node-config`).
 
     Raises:
-        ConfigError: a key is unknown or missing.
+        ConfigError: a key is unknown or missing, or a value cannot be used.
     """
     digest = config_digest(config)
     unknown = sorted(node_config.keys() - {*_KEYS, *_SIMULATION_KEYS})
@@ -60,8 +66,12 @@ def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSett
     if "client-id" not in node_config and "num-partitions" in node_config:
         return SiteSettings(config, digest, None, Path(f"{config.output}-sites"))
     for key in ("client-id", "data", "state-dir"):
-        if not node_config.get(key):
+        if node_config.get(key) in (None, ""):
             raise ConfigError(f"node config: {key} is missing; start the node with --node-config '{key}=\"...\" ...'")
+    client_id = str(node_config["client-id"])
+    if not client_id.isprintable() or len(client_id) > MAX_CLIENT_ID:
+        raise ConfigError(f"node config: client-id={client_id[:MAX_CLIENT_ID]!r}; expected one line of text, no longer")
+    _require_trainer(node_config)
     own: dict[str, Any] = {"data.source": str(node_config["data"])}
     if "columns" in node_config:
         own["data.columns"] = _columns(str(node_config["columns"]))
@@ -69,9 +79,15 @@ def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSett
         own["model.source"] = str(node_config["model"])
     if "device" in node_config:
         own["device"] = str(node_config["device"])
-    return SiteSettings(
-        config.with_values(own), digest, str(node_config["client-id"]), Path(str(node_config["state-dir"]))
-    )
+    return SiteSettings(config.with_values(own), digest, client_id, Path(str(node_config["state-dir"])))
+
+
+def _require_trainer(node_config: Mapping[str, Any]) -> None:
+    trainer, idle = node_config.get("trainer", _TRAINERS[0]), node_config.get("trainer-idle-seconds", 1.0)
+    if trainer not in _TRAINERS:
+        raise ConfigError(f"node config: trainer={trainer!r}; expected one of {', '.join(_TRAINERS)}")
+    if not isinstance(idle, int | float) or isinstance(idle, bool) or not 0.0 < idle < math.inf:
+        raise ConfigError(f"node config: trainer-idle-seconds={idle!r}; expected a number of seconds above 0")
 
 
 def _columns(text: str) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from sfedlora.federation.memory import is_out_of_memory
 from sfedlora.federation.round import gain_of, make_work, with_outcomes
 from sfedlora.federation.state import Federation, FederationState, serving_adapter
 from sfedlora.flower.protocol import (
+    LARGEST,
     PROTOCOL,
     Envelope,
     Evaluated,
@@ -140,8 +140,9 @@ class Site:
         store = SiteStore.at(self._settings.state_dir, request.federation_id, client_id)
         if request.personal_round and request.personal_round not in store.rounds():
             raise _LostStateError
-        federation = self._adapted(request)
+        self._require_sound(request)
         tensors = open_tensors(envelope, request.layout, None)
+        federation = self._adapted(request)
         state = _state_of(federation, request, tensors, store)
         federation = replace(federation, initial={**federation.initial, **_initial_of(federation, request, tensors)})
         evaluated = {split: _evaluate(federation, state, client_id, split) for split in request.evaluate}
@@ -170,6 +171,19 @@ class Site:
             key = _noise_key(privacy, store, client_id)
             update = privatized(privacy, work.start, update, round_num=request.round_num, key=key).tensors
         return seal(reply, update, dtype=request.wire_dtype)
+
+    def _require_sound(self, request: RoundRequest) -> None:
+        """Refuse what no server of this configuration asks for.
+
+        Raises:
+            MessageError: another rank, or the B of a round that is not over.
+        """
+        rank = self._settings.config.lora.rank
+        ranks = {rank} if isinstance(rank, int) else {*rank}
+        if not {request.rank, request.draw_rank} <= ranks:
+            raise MessageError(f"rank {request.rank} of {request.draw_rank}; the configuration has {sorted(ranks)}")
+        if request.personal_round >= request.round_num:
+            raise MessageError(f"round {request.round_num} cannot start from the B of round {request.personal_round}")
 
     def _loaded(self) -> SiteData:
         if self._data is None:
@@ -240,6 +254,8 @@ class _LostStateError(SfedLoraError):
 def _state_of(federation: Federation, request: RoundRequest, tensors: Tensors, store: SiteStore) -> FederationState:
     """The state after the round before the open one, as far as this site is concerned."""
     shared, extra = _without(SHARED, tensors), _without(EXTRA, tensors)
+    if not all(name.startswith((SHARED, EXTRA, INITIAL)) for name in tensors):
+        raise MessageError("a tensor that is neither shared, nor extra, nor initial")
     parts = frozenset(Part) - federation.method.personal_parts()
     shapes = federation.resident.layout.shapes(request.rank, parts)
     if {name: tuple(tensor.shape) for name, tensor in shared.items()} != shapes:
@@ -250,6 +266,12 @@ def _state_of(federation: Federation, request: RoundRequest, tensors: Tensors, s
     if not request.personal_round:
         return FederationState(server, {}, {})
     personal, moments = store.load(request.personal_round)
+    own = federation.resident.layout.shapes(request.rank, federation.method.personal_parts())
+    if {name: tuple(tensor.shape) for name, tensor in personal.items()} != own:
+        raise StorageError(
+            f"{store.path}: round {request.personal_round} is the state of another model, method or rank; use another "
+            "flower.federation_id or state directory"
+        )
     client_id = request.client_id
     return FederationState(server, {client_id: personal}, {client_id: moments} if moments else {})
 
@@ -308,7 +330,7 @@ def _sent(result: EvalResult) -> Evaluated:
 
 
 def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    return value if value is not None and abs(value) <= LARGEST else None
 
 
 def _without(prefix: str, tensors: Tensors) -> dict[str, Tensor]:

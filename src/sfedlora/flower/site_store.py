@@ -53,13 +53,15 @@ class SiteStore:
             StorageError: they cannot be made.
         """
         path = state_dir / safe_directory_name(federation_id) / safe_directory_name(client_id)
-        make_directory(path)
-        try:
-            for folder in (path, path.parent):
+        for folder in (path.parent, path):
+            make_directory(folder)
+            if folder.is_symlink():
+                raise StorageError(f"{folder}: a link; expected a folder, in which only its owner can write")
+            try:
                 folder.chmod(0o700)
-        except OSError as error:
-            reason = f"cannot be kept from other users ({error.strerror}); use a folder of your own"
-            raise StorageError(f"{path}: {reason}") from None
+            except OSError as error:
+                reason = f"cannot be kept from other users ({error.strerror}); use a folder of your own"
+                raise StorageError(f"{folder}: {reason}") from None
         return cls(path)
 
     def rounds(self) -> list[int]:
@@ -74,21 +76,25 @@ class SiteStore:
             StorageError: the disk is full or cannot be written.
         """
         contents = {"personal": to_safetensors(personal), "optimizer": to_safetensors(optimizer)}
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        files = {f"{name}.safetensors": content for name, content in contents.items()}
+        files["state.json"] = to_json({"round_num": round_num, "sha256": digests}).encode()
         with directory_written_whole(self._folder(round_num)) as folder:
             folder.chmod(0o700)
-            for name, content in contents.items():
-                add_file(folder / f"{name}.safetensors", content)
-            digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-            add_file(folder / "state.json", to_json({"round_num": round_num, "sha256": digests}).encode())
+            for name, content in files.items():
+                add_file(folder / name, content)
+                (folder / name).chmod(0o600)
 
     def load(self, round_num: int) -> tuple[Tensors, Tensors]:
         """The personal factors and the optimizer moments after a round.
 
         Raises:
-            StorageError: a file is missing or damaged.
+            StorageError: a file is missing, damaged or of another round.
         """
         folder = self._folder(round_num)
         facts = read_record(folder / "state.json", {"round_num": int, **{f"sha256.{name}": str for name in _FILES}})
+        if facts["round_num"] != round_num:
+            raise StorageError(f"{folder}: holds the state after round {facts['round_num']}; put the original back")
         for name in _FILES:
             path = folder / f"{name}.safetensors"
             try:
@@ -100,9 +106,12 @@ class SiteStore:
         return read_tensors(folder / "personal.safetensors"), read_tensors(folder / "optimizer.safetensors")
 
     def keep(self, round_nums: Collection[int]) -> None:
-        """Remove the rounds that are not among these."""
+        """Remove the rounds before the last of these that are not among them.
+
+        Later ones stay: the answer to an old message, late or sent again, takes nothing from the rounds after it.
+        """
         for round_num in self.rounds():
-            if round_num not in round_nums:
+            if round_num < max(round_nums, default=0) and round_num not in round_nums:
                 remove_directory(self._folder(round_num))
 
     def secret_key(self) -> bytes:

@@ -42,7 +42,8 @@ class SiteRecord:
 class Sites:
     """Owner of the connection to the sites: greets nodes, asks clients, knows who is who.
 
-    A client id belongs to the node that gave it first, as long as that node is connected.
+    A client id belongs to the node that gave it first, as long as that node is connected. Another node that gives it,
+    which may be the same site started again, is asked again when the first is gone.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Sites:
         self._base_sha256, self._allowed = base_sha256, allowed
         self._greetings: dict[int, str] = {}  # node -> id of a greeting under way
         self._refused: set[int] = set()
+        self._waiting: dict[int, str] = {}  # node -> the client id that it may have once the node that has it is gone
         self._node_of: dict[str, int] = {}
         self.known: dict[str, SiteRecord] = {}
 
@@ -93,7 +95,14 @@ class Sites:
         nodes = self._exchange.nodes()
         for node in self._greetings.keys() - nodes:
             del self._greetings[node]
-        new = nodes - set(self._node_of.values()) - self._greetings.keys() - self._refused
+        self._refused &= nodes
+        self._waiting = {
+            node: client_id
+            for node, client_id in self._waiting.items()
+            if node in nodes and self._node_of[client_id] in nodes
+        }
+        known = {*self._node_of.values(), *self._greetings, *self._refused, *self._waiting}
+        new = nodes - known
         if new:
             self._greetings |= self._exchange.push("hello", dict.fromkeys(sorted(new), self._hello), seconds=seconds)
 
@@ -137,7 +146,7 @@ class Sites:
             reason = answer.reason if isinstance(answer, Lost) else self._register(node, answer)
             if reason:
                 self._log(f"node {node} is not taken: {reason}")
-                if not isinstance(answer, Lost):
+                if not isinstance(answer, Lost) and node not in self._waiting:
                     self._refused.add(node)
 
     def _register(self, node: int, answer: Envelope) -> str:
@@ -149,7 +158,11 @@ class Sites:
             reply = open_facts(answer, HelloReply)
         except MessageError as error:
             return str(error)
-        refusal = self._refusal(node, reply)
+        refusal = self._refusal(reply)
+        owner = self._node_of.get(reply.client_id, node)
+        if not refusal and owner != node and owner in self._exchange.nodes():
+            self._waiting[node] = reply.client_id
+            return f"client id {reply.client_id!r} belongs to another node, which is connected"
         if not refusal:
             client_id, before = reply.client_id, self.known.get(reply.client_id)
             self._node_of[client_id] = node
@@ -158,15 +171,13 @@ class Sites:
             self._log(f"site {client_id!r} has joined with {reply.num_examples} training examples")
         return refusal
 
-    def _refusal(self, node: int, reply: HelloReply) -> str:
-        """Why a node cannot be the client that it says it is; empty where it can."""
+    def _refusal(self, reply: HelloReply) -> str:
+        """Why the federation has no place for a site; empty where it has."""
         client_id, before = reply.client_id, self.known.get(reply.client_id)
         if self._allowed is not None and client_id not in self._allowed:
             return f"client id {client_id!r} is not in flower.sites"
         if reply.base_sha256 != self._base_sha256:
             return f"client {client_id!r} has a base model with other weights than the server's"
-        if self._node_of.get(client_id, node) != node and self._node_of[client_id] in self._exchange.nodes():
-            return f"client id {client_id!r} belongs to another node, which is connected"
         if before is not None and before.num_examples != reply.num_examples:
             return (
                 f"client {client_id!r} had {before.num_examples} training examples and now states "

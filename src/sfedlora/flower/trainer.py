@@ -24,12 +24,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfedlora.errors import ConfigError, SfedLoraError
-from sfedlora.flower.envelope import Envelope, MessageError, failure
+from sfedlora.flower.envelope import ITEM_BYTES, Envelope, MessageError, failure
 
 if TYPE_CHECKING:
     from sfedlora.flower.site import Site
@@ -42,7 +42,11 @@ IDLE_SECONDS = 7200.0
 """Twice the default round deadline; `trainer-idle-seconds` in the node's settings."""
 LAST_IDLE_SECONDS = 60.0
 """After the message that ends a run."""
+QUESTION_SECONDS = 60.0
+"""For a client process to hand over its message, and to take in the next piece of the answer."""
 MAX_HEADER_BYTES = 32_000_000
+MAX_SOCKET_PATH = 100
+"""A little less than what systems allow."""
 ATTEMPTS = 2
 
 
@@ -84,8 +88,8 @@ def _start(connection: socket.socket, path: Path, settings: str) -> None:
     node = json.loads(settings)["node"]
     state_dir = Path(str(node.get("state-dir", ".")))
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        log = os.open(state_dir / "trainer.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log = os.open(state_dir / "trainer.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ConfigError(f"node config: state-dir={state_dir} cannot be used ({error.strerror})") from None
     try:
@@ -104,6 +108,8 @@ def _start(connection: socket.socket, path: Path, settings: str) -> None:
     end = time.monotonic() + START_SECONDS
     while not _connects(connection, path):
         if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            process.wait()
             raise ConfigError(f"the trainer did not start; {state_dir / 'trainer.log'} says why")
         time.sleep(0.05)
 
@@ -120,13 +126,13 @@ def main() -> None:
     """Be the trainer of the settings on standard input, at the socket that the first argument names."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     path, settings = Path(sys.argv[1]), sys.stdin.read()
-    idle_seconds = float(json.loads(settings)["node"].get("trainer-idle-seconds", IDLE_SECONDS))
     from sfedlora.flower.site import open_site
 
     try:
         site = open_site(settings)
     except SfedLoraError as error:
         raise SystemExit(str(error)) from None
+    idle_seconds = float(json.loads(settings)["node"].get("trainer-idle-seconds", IDLE_SECONDS))
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         os.umask(0o077)
@@ -149,12 +155,13 @@ def _serve(listener: socket.socket, site: Site, idle_seconds: float) -> None:
             _LOG.info("nobody asked for %g s; the trainer ends", listener.gettimeout())
             return
         with connection:
-            connection.settimeout(None)
+            connection.settimeout(QUESTION_SECONDS)
             try:
+                _require_own(connection)
                 question = _receive(connection)
                 _send(connection, site.answer(question))
             except (OSError, EOFError, MessageError) as error:
-                _LOG.warning("a client process went away: %s", error)
+                _LOG.warning("a question was not answered: %s", error)
                 continue
         if '"write_adapter":true' in question.facts:
             listener.settimeout(min(idle_seconds, LAST_IDLE_SECONDS))
@@ -171,12 +178,35 @@ def _receive(connection: socket.socket) -> Envelope:
     [length] = struct.unpack("<Q", _read(connection, 8))
     if length > MAX_HEADER_BYTES:
         raise MessageError(f"a header of {length} bytes; expected at most {MAX_HEADER_BYTES}")
-    header: dict[str, Any] = json.loads(_read(connection, length))
-    return Envelope(str(header["facts"]), header["dtype"], _read(connection, int(header["num_bytes"])))
+    try:
+        header: Any = json.loads(_read(connection, length))
+    except (ValueError, RecursionError):
+        raise MessageError("a header that is no JSON") from None
+    match header:
+        case {"facts": str(facts), "dtype": str(dtype), "num_bytes": int(num_bytes)} if dtype in ITEM_BYTES:
+            return Envelope(facts, dtype, _read(connection, num_bytes))  # type: ignore[arg-type]
+    raise MessageError("a header of something else; expected facts, dtype and num_bytes")
+
+
+def _require_own(connection: socket.socket) -> None:
+    """Refuse another user's process, where the system says whose it is; the folder keeps it away everywhere.
+
+    Raises:
+        MessageError: it is another user's.
+    """
+    if sys.platform == "linux":
+        format_ = "3i"
+        given = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(format_))
+        _, user, _ = struct.unpack(format_, given)
+        if user != os.getuid():
+            raise MessageError(f"a process of user {user}; expected one of user {os.getuid()}")
 
 
 def _read(connection: socket.socket, num_bytes: int) -> bytes:
-    content = bytearray(num_bytes)
+    try:
+        content = bytearray(num_bytes)
+    except (MemoryError, OverflowError, ValueError):
+        raise MessageError(f"a message of {num_bytes} bytes") from None
     view, start = memoryview(content), 0
     while start < num_bytes:
         received = connection.recv_into(view[start:])
@@ -192,12 +222,20 @@ def _socket_path(settings: str) -> Path:
     Raises:
         ConfigError: somebody else owns the folder or can write into it.
     """
-    folder = Path(tempfile.gettempdir()) / f"sfedlora-trainers-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
+    name = Path(f"sfedlora-trainers-{os.getuid()}", f"{hashlib.sha256(settings.encode()).hexdigest()[:24]}.sock")
+    path = Path(tempfile.gettempdir()) / name
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        path = Path("/tmp") / name  # noqa: S108 - the folder in it is checked below
+    folder = path.parent
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made ({error.strerror}); set TMPDIR to a folder that can") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"{folder} is not a folder that only this user can use; remove it, or set TMPDIR")
-    return folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:24]}.sock"
+    return path
 
 
 if __name__ == "__main__":
