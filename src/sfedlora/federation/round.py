@@ -43,6 +43,7 @@ __all__ = [
     "RoundFinished",
     "RoundStarted",
     "Split",
+    "client_work",
     "evaluate_clients",
     "evaluate_external",
     "run_round",
@@ -220,7 +221,7 @@ def _work_of(
 ) -> Iterator[ClientWork]:
     """The work of each client, made when the runner asks for it; notes the gain it starts with."""
     for client_id in client_ids:
-        work = _make_work(federation, state, client_id)
+        work = client_work(federation, state, client_id)
         gains.append(_gain(work.start, work.size.scaling))
         yield work
 
@@ -239,7 +240,8 @@ def _spooled(spool: Spool | None, outcome: ClientOutcome, cohort_size: int) -> C
     )
 
 
-def _make_work(federation: Federation, state: FederationState, client_id: str) -> ClientWork:
+def client_work(federation: Federation, state: FederationState, client_id: str) -> ClientWork:
+    """The work of a client in the round after `state`."""
     round_num = state.server.round_num + 1
     settings = federation.rounds
     return ClientWork(
