@@ -109,6 +109,9 @@ class ModelSection(Section):
     products, also on CPUs that have them. Anything but highest changes results in the third digit or so."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the transformer layers with torch.compile: faster steps after a first one that may take minutes, and a C++
+    compiler (on GPUs Triton) must be installed. Results differ in rounding, and equal bits need the same compiler."""
 
 
 class DataSection(Section):

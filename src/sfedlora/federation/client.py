@@ -222,13 +222,16 @@ def _launch(setup: TrainingSetup, clients: Sequence[_Running], groups: Sequence[
     loss = batch_loss(resident.model, batch.joined, setup.task, resident.device)
     sums = loss.per_example.view(len(clients), -1).sum(dim=1)
     counts = torch.tensor([client.num_labels for client in clients], dtype=sums.dtype, device=sums.device)
-    _backward((sums / counts).sum())
+    _backward((sums / counts).sum(), is_stack=len(clients) > 1)
     for client, rows, value in zip(clients, groups, sums.tolist(), strict=True):
         client.note_batch(rows, value, num_computed=math.prod(batch.padded_shape))
 
 
-def _backward(loss: Tensor) -> None:
+def _backward(loss: Tensor, *, is_stack: bool) -> None:
     """Backward; a stack's parameters are views with gaps, of which autograd says once that denser ones are faster."""
+    if not is_stack:
+        loss.backward()  # type: ignore[no-untyped-call]
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract", UserWarning)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -61,7 +61,7 @@ def label_losses(
         ModelError: a model whose forward cannot be divided into a trunk and the rest.
         AdapterError: the output head carries the pairs of C clients and the batch is no multiple of C.
     """
-    inner = _inner_models(model)
+    inner, outside = _divided(model)
     if not inner:
         raise ModelError(f"{type(model).__name__} holds no inner model below its output head; expected a causal-lm")
     output = inner[0](**inputs, use_cache=False)
@@ -73,7 +73,6 @@ def label_losses(
             logits: Tensor = model(input_ids=ids, use_cache=False).logits
         return logits
 
-    outside = _modules_outside(model, inner[0])
     pairs = [module for module in outside if isinstance(module, LoraLinear)]
     places = _labelled_places(labels, max((len(pair.a) for pair in pairs if pair.a.ndim == 3), default=1))
     index = places.to(hidden.device)
@@ -89,12 +88,31 @@ def label_losses(
 
 def behind_trunk(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
     """Those of some module paths that `label_losses` gives labelled rows instead of whole sequences."""
-    outside = {module for inner in _inner_models(model)[:1] for module in _modules_outside(model, inner)}
-    return [path for path in paths if model.get_submodule(path) in outside]
+    inner, outside = _divided(model)
+    return [path for path in paths if inner and model.get_submodule(path) in outside]
 
 
-def _inner_models(model: PreTrainedModel) -> list[PreTrainedModel]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+def _divided(model: PreTrainedModel) -> tuple[list[PreTrainedModel], list[nn.Module]]:
+    """The models inside a model, of which the first is the trunk, and the modules outside the trunk.
+
+    In the order of `model.modules()`, without its names, which take longer than all the rest.
+    """
+    inner: list[PreTrainedModel] = []
+    outside: list[nn.Module] = []
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[nn.Module | None, bool]] = [(model, False)]
+    while waiting:
+        module, is_inside = waiting.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, PreTrainedModel) and module is not model:
+            is_inside = is_inside or not inner
+            inner.append(module)
+        if not is_inside:
+            outside.append(module)
+        waiting += [(child, is_inside) for child in reversed(module._modules.values())]
+    return inner, outside
 
 
 def _labelled_places(labels: Tensor, num_groups: int) -> Tensor:
@@ -104,11 +122,6 @@ def _labelled_places(labels: Tensor, num_groups: int) -> Tensor:
     groups = (labels != IGNORED_LABEL).view(num_groups, -1)
     places = [group.nonzero()[:, 0] + number * groups.shape[1] for number, group in enumerate(groups)]
     return pad_sequence(places, batch_first=True)
-
-
-def _modules_outside(model: nn.Module, trunk: nn.Module) -> list[nn.Module]:
-    inside = set(trunk.modules())
-    return [module for module in model.modules() if module not in inside]
 
 
 def _draws_masks(pair: LoraLinear) -> bool:

@@ -23,17 +23,20 @@ class BatchLoss:
     """Cross-entropy of one batch.
 
     Attributes:
-        total: sum over labelled tokens or examples, float32, a scalar that carries the gradient; `per_example` summed.
         count: labelled tokens or examples.
         predictions: (batch,) predicted class ids for classification, else None.
         per_example: (batch,) float32, the sum over each example's labelled tokens, or its loss for classification; it
             carries the gradient too. Clients stacked in one batch weight its groups each by its own count.
     """
 
-    total: Tensor
     count: int
     predictions: Tensor | None
     per_example: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over labelled tokens or examples, a float32 scalar that carries the gradient."""
+        return self.per_example.sum()
 
 
 def batch_loss(model: PreTrainedModel, batch: Batch, task: Task, device: torch.device) -> BatchLoss:
@@ -46,7 +49,7 @@ def batch_loss(model: PreTrainedModel, batch: Batch, task: Task, device: torch.d
         inputs["token_type_ids"] = batch.token_type_ids.to(device)
     if task == "causal-lm":
         per_example = label_losses(model, inputs, batch.labels).sum(dim=1)
-        return BatchLoss(per_example.sum(), batch.num_labels, None, per_example)
+        return BatchLoss(batch.num_labels, None, per_example)
     logits = model(**inputs).logits
     per_example = functional.cross_entropy(logits.float(), batch.labels.to(device), reduction="none")
-    return BatchLoss(per_example.sum(), batch.num_labels, logits.detach().argmax(dim=-1), per_example)
+    return BatchLoss(batch.num_labels, logits.detach().argmax(dim=-1), per_example)

@@ -287,12 +287,26 @@ class ResidentModel:
         Raises:
             ModelError: a model without layers that support it.
         """
-        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not layers:
-            raise ModelError(f"{type(self.model).__name__} has no layers that support gradient checkpointing")
-        for layer in layers:
+        for layer in self._transformer_layers("gradient checkpointing"):
             if not isinstance(layer.forward, partial):
                 layer.forward = partial(_checkpointed, layer.forward)
+
+    def compile_layers(self) -> None:
+        """Compile every transformer layer when it is first called; sizes of batches may change from call to call.
+
+        Layers of like structure share what is compiled. Output head and loss are not compiled.
+
+        Raises:
+            ModelError: a model whose transformer layers are not known.
+        """
+        for layer in self._transformer_layers("compilation"):
+            layer.compile(dynamic=True)
+
+    def _transformer_layers(self, purpose: str) -> list[nn.Module]:
+        layers: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise ModelError(f"{type(self.model).__name__} has no layers that support {purpose}")
+        return layers
 
     def _allocate_factors(self) -> None:
         """New buffers for A and B; the parameters of a layer are views of them, over all slots."""

@@ -32,7 +32,7 @@ from sfedlora.setup.dataset import deal_examples, find_label_names, load_externa
 from sfedlora.setup.dataset import encode_examples as encode_examples
 from sfedlora.setup.dataset import load_source as load_source
 from sfedlora.setup.environment import environment_record
-from sfedlora.setup.resolve import resolve, resolve_device
+from sfedlora.setup.resolve import require_compiler, resolve, resolve_device
 from sfedlora.setup.workers import Fingerprint, fingerprint, with_workers
 from sfedlora.types import Part
 
@@ -75,6 +75,8 @@ def prepare(config: RunConfig) -> Prepared:
     examples = load_source(config, config.data.source)
     label_names = find_label_names(config, examples)
     device = resolve_device(config.device)
+    if config.model.compile:
+        require_compiler(device)
     base = load_base_model(
         config.model.source,
         task=config.model.task,
@@ -101,6 +103,8 @@ def prepare(config: RunConfig) -> Prepared:
     )
     if config.model.gradient_checkpointing:
         resident.enable_gradient_checkpointing()
+    if config.model.compile:
+        resident.compile_layers()
     training_rows = [row for split in splits.values() for row in split.train]
     resolved = resolve(
         config,

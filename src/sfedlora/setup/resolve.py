@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -17,7 +21,7 @@ from sfedlora.lora.stackable import unstackable_targets
 from sfedlora.methods import Method
 from sfedlora.types import Part
 
-__all__ = ["resolve", "resolve_device", "resolve_rules", "resolve_workers"]
+__all__ = ["require_compiler", "resolve", "resolve_device", "resolve_rules", "resolve_workers", "why_not_stackable"]
 
 MAX_EVALUATED = 100
 TOKEN_CAPS = {"cpu": 512, "cuda": 16384, "mps": 4096}
@@ -44,6 +48,26 @@ def resolve_device(device: str) -> torch.device:
         first_line = str(error).split("\n", 1)[0]
         raise ConfigError(f"device: {device!r} cannot be used here ({first_line}); use auto or cpu") from None
     return resolved
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuse `model.compile` where torch would find no compiler in the first step.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                "model.compile: torch compiles for GPUs with Triton, which is not installed; set it false"
+            )
+        return
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"model.compile: torch compiles with a C++ compiler, and {compiler} is not there; install it, name another "
+            "one in the environment variable CXX, or set model.compile: false"
+        )
 
 
 def resolve(
@@ -129,7 +153,7 @@ def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
     chosen = min(asked, cohort_size) if asked != "auto" else fitting
     if config.runner == "auto" and chosen < MIN_STACK:
         return 1
-    refusal = _why_not_stackable(config, base, targets)
+    refusal = why_not_stackable(config, base, targets)
     if not refusal:
         return max(MIN_STACK, chosen)
     if config.runner == "auto" and asked == "auto":
@@ -138,7 +162,7 @@ def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
     raise ConfigError(f"{given}: {refusal}; use runner: serial, or lora.target_modules without it")
 
 
-def _why_not_stackable(config: RunConfig, base: BaseModel, targets: Sequence[str]) -> str:
+def why_not_stackable(config: RunConfig, base: BaseModel, targets: Sequence[str]) -> str:
     """What is against several clients' adapters in one forward pass; empty if nothing is."""
     behind = behind_trunk(base.model, targets) if config.model.task == "causal-lm" else []
     if behind:
