@@ -98,12 +98,14 @@ def _result_blocks(cells: Sequence[CellRecord], runs: Mapping[Path, RunRecord]) 
 
 def _row_sections(cells: Sequence[CellRecord], runs: Mapping[Path, RunRecord]) -> list[Section]:
     metrics = [key for key in METRICS if any(run_points(run, key) for run in runs.values())]
-    by_size = [panel for row in round_rows(cells, runs, metrics, with_gain=True) for panel in row if panel.lines]
-    by_method = [panel for row in method_rows(cells, runs) for panel in row if panel.lines]
-    sections = [Section("Round by round, methods together", [Grid(by_size)])] if by_size else []
+    by_size, by_method = (
+        [Grid(shown) for row in rows if (shown := [panel for panel in row if panel.lines])]
+        for rows in (round_rows(cells, runs, metrics, with_gain=True), method_rows(cells, runs))
+    )
+    sections = [Section("Round by round, methods together", by_size)] if by_size else []
     if by_method:
         note = Note("Where a scaling is stable, the lines of all ranks and numbers of clients lie on each other.")
-        sections.append(Section("Round by round, ranks and numbers of clients together", [note, Grid(by_method)]))
+        sections.append(Section("Round by round, ranks and numbers of clients together", [note, *by_method]))
     return sections
 
 
@@ -139,9 +141,7 @@ def _cost_table(cells: Sequence[CellRecord], runs: Mapping[Path, RunRecord]) -> 
 
 
 def _exclusion_blocks(cells: Sequence[CellRecord], runs: Mapping[Path, RunRecord]) -> list[Block]:
-    rows = [
-        (cell.cell, *row) for cell in cells if cell.run_dir in runs for row in exclusion_rows(runs[cell.run_dir])
-    ]
+    rows = [(cell.cell, *row) for cell in cells if cell.run_dir in runs for row in exclusion_rows(runs[cell.run_dir])]
     return [Table(("cell", "round", "client", "reason"), rows)] if rows else [Note("No client was excluded.")]
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "CellRecord",
     "RunRecord",
     "cell_of_run",
+    "has_finished_rounds",
     "initial_clients",
     "load_cells",
     "load_environment",
@@ -122,6 +123,14 @@ def initial_clients(run: RunRecord, split: str) -> Mapping[str, Mapping[str, Any
             content = {}
         found = lookup(content, "progress", "initial", split, "clients")
     return found if isinstance(found, Mapping) else {}
+
+
+def has_finished_rounds(directory: Path) -> bool:
+    """Whether a run has a finished round, or a comparison a finished cell: whether there is something to draw."""
+    if (directory / "results.jsonl").is_file():
+        return True
+    metrics = directory / "metrics.jsonl"
+    return metrics.is_file() and bool(read_records(metrics, {"round_num": int}))
 
 
 def unfinished_runs(folder: Path) -> list[Path]:

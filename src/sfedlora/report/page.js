@@ -7,7 +7,7 @@
   };
   const DASHES = ["solid", "dash", "dashdot", "dot"];
   const MARKERS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
-  const PLOT = 270, ROW = 20, TOP = 10;
+  const PLOT = 270, TOP = 10, BOTTOM = 48;
   let charts = [];
 
   const isDark = () => root.dataset.theme
@@ -22,9 +22,9 @@
     };
   }
 
-  function layout(height, bottom, x, y, more) {
+  function layout(plot, x, y, more) {
     return {
-      height, xaxis: x, yaxis: y, margin: { l: 60, r: 12, t: TOP, b: bottom },
+      height: TOP + plot + BOTTOM, xaxis: x, yaxis: y, margin: { l: 60, r: 12, t: TOP, b: BOTTOM }, showlegend: false,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: css("--ink"), size: 12, family: getComputedStyle(document.body).fontFamily },
       hoverlabel: { bgcolor: css("--paper"), bordercolor: css("--line"), font: { color: css("--ink") }, namelength: -1, align: "left" },
@@ -32,38 +32,45 @@
     };
   }
 
-  function legend(names, width) {
-    const longest = Math.max(...names.map((name) => name.length)) * 6.6 + 48;
-    const columns = Math.max(1, Math.min(3, Math.floor((width - 20) / longest)));
-    const rows = names.length > 1 ? Math.ceil(names.length / columns) : 0;
-    return {
-      height: rows * ROW,
-      place: {
-        orientation: "h", x: 0, xanchor: "left", xref: "container", y: -58 / PLOT, yanchor: "top",
-        entrywidth: Math.floor((width - 20) / columns) - 44, entrywidthmode: "pixels", font: { size: 11 },
-      },
-    };
+  const esc = (text) => text.replace(/[&<>]/g, (letter) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[letter]);
+  const tick = (text, width) => {
+    const longest = Math.max(14, Math.floor(width * 0.06));
+    return esc(text.length <= longest ? text : text.slice(0, longest - 1) + "\u2026");
+  };
+  const short = (value) => value === null ? "unknown" : String(Number(value.toPrecision(4)));
+
+  function logTicks(values) {
+    const low = Math.min(...values) / 1.1, high = Math.max(...values) * 1.1;
+    const fine = Array.from({ length: 90 }, (_, i) => (10 + i) / 10);
+    let ticks = [];
+    for (const steps of [[1], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8], fine]) {
+      ticks = [];
+      for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += 1) {
+        ticks.push(...steps.map((step) => step * 10 ** power).filter((at) => at >= low && at <= high));
+      }
+      if (ticks.length >= 3) { break; }
+    }
+    const every = Math.ceil(ticks.length / 8);
+    return ticks.filter((_, i) => i % every === 0);
   }
 
-  const decades = (values) => Math.log10(Math.max(...values) / Math.min(...values));
-
-  function lines(chart, width) {
+  function lines(chart) {
     const colours = PALETTE[isDark() ? "dark" : "light"];
     const bands = [], traces = [];
     for (const line of chart.lines) {
       const [x, mean, low, high] = [0, 1, 2, 3].map((at) => line.points.map((point) => point[at]));
-      const colour = colours[line.colour];
+      const colour = colours[line.colour], group = traces.length;
       if (low.some((value, at) => value !== high[at])) {
         bands.push({
           x: [...x, ...x.slice().reverse()], y: [...high, ...low.slice().reverse()], fill: "toself", fillcolor: faint(colour),
-          mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: line.name,
+          mode: "lines", line: { width: 0 }, hoverinfo: "skip", meta: { group },
         });
       }
       traces.push({
-        x, y: mean, name: line.name, legendgroup: line.name, mode: "lines+markers",
+        x, y: mean, mode: "lines+markers", meta: { group, name: line.name, colour, dash: line.form % DASHES.length },
         line: { color: colour, width: 2, dash: DASHES[line.form % DASHES.length] },
         marker: { color: colour, size: 6, symbol: MARKERS[line.form % MARKERS.length] },
-        text: x.map((at, i) => `${line.name}<br>${chart.xLabel} ${at}: ${short(mean[i])}`
+        text: x.map((at, i) => `${esc(line.name)}<br>${esc(chart.xLabel)} ${at}: ${short(mean[i])}`
           + (low[i] === high[i] ? "" : ` (${short(low[i])} to ${short(high[i])})`)),
         hovertemplate: "%{text}<extra></extra>",
       });
@@ -72,53 +79,91 @@
     const ys = chart.lines.flatMap((line) => line.points.flatMap((point) => [point[2], point[3]]));
     const x = chart.logX ? { type: "log", tickvals: xs, ticktext: xs.map(String) }
       : { tickformat: "d", ...(xs.length <= 12 ? { dtick: 1 } : {}) };
-    const y = chart.logY ? { type: "log", dtick: decades(ys) < 2 ? "D2" : 1, exponentformat: "power" } : { exponentformat: "power" };
-    const below = legend(traces.map((trace) => trace.name), width);
-    return [[...bands, ...traces], layout(TOP + PLOT + 62 + below.height, 62 + below.height,
-      axis(chart.xLabel, x), axis(chart.yLabel, y), { showlegend: traces.length > 1, legend: below.place })];
+    const marks = chart.logY ? logTicks(ys) : [];
+    const y = chart.logY ? { type: "log", tickvals: marks, ticktext: marks.map(short) } : { exponentformat: "power" };
+    return [[...bands, ...traces], layout(PLOT, axis(esc(chart.xLabel), x), axis(esc(chart.yLabel), y))];
   }
 
   function bars(chart, width) {
     const colours = PALETTE[isDark() ? "dark" : "light"];
     const at = chart.names.map((_, i) => i), few = chart.names.length <= 60, sideways = chart.sideways && few;
     const traces = chart.series.map((part, index) => ({
-      type: "bar", orientation: sideways ? "h" : "v", name: part.name,
+      type: "bar", orientation: sideways ? "h" : "v", meta: { group: index, name: part.name, colour: colours[index], dash: -1 },
       x: sideways ? part.values : at, y: sideways ? at : part.values,
       marker: { color: chart.signed ? part.values.map((value) => colours[value > 0 ? 1 : 0]) : colours[index] },
-      text: part.values.map((value, i) => `${chart.names[i]}<br>${chart.series.length > 1 ? part.name + ": " : ""}${short(value)}`),
+      text: part.values.map((value, i) =>
+        `${esc(chart.names[i])}<br>${chart.series.length > 1 ? esc(part.name) + ": " : ""}${short(value)}`),
       textposition: "none", hovertemplate: "%{text}<extra></extra>",
     }));
-    const step = sideways ? 1 : Math.ceil(chart.names.length / Math.max(4, Math.floor(width / 34)));
+    const step = sideways ? 1 : Math.ceil(at.length / Math.max(4, Math.floor(width / 40)));
     const ticks = at.filter((i) => i % step === 0);
-    const names = few || !chart.sideways ? { tickvals: ticks, ticktext: ticks.map((i) => chart.ticks[i]) } : { showticklabels: false };
-    const below = legend(traces.map((trace) => trace.name), width);
-    const plot = sideways ? Math.max(120, 22 * at.length + 20) : PLOT;
-    below.place.y = -58 / plot;
-    const nameAxis = axis(sideways ? "" : (chart.sideways ? `${at.length} clients` : "round"), { ...names, ...(sideways ? { autorange: "reversed" } : {}) });
-    const valueAxis = axis(chart.valueLabel, { exponentformat: "power", rangemode: "tozero" });
-    return [traces, layout(TOP + plot + 62 + below.height, 62 + below.height, sideways ? valueAxis : nameAxis, sideways ? nameAxis : valueAxis,
-      { barmode: "stack", bargap: 0.25, showlegend: traces.length > 1, legend: below.place })];
+    const names = few || !chart.sideways ? { tickvals: ticks, ticktext: ticks.map((i) => tick(chart.names[i], width)) }
+      : { showticklabels: false };
+    const title = sideways ? "" : (chart.sideways ? `${at.length} clients` : "round");
+    const nameAxis = axis(title, { ...names, ...(sideways ? { autorange: "reversed" } : {}) });
+    const valueAxis = axis(esc(chart.valueLabel), { exponentformat: "power", rangemode: "tozero" });
+    const [x, y] = sideways ? [valueAxis, nameAxis] : [nameAxis, valueAxis];
+    return [traces, layout(sideways ? Math.max(110, 22 * at.length + 20) : PLOT, x, y, { barmode: "relative", bargap: 0.25 })];
   }
 
-  function dots(chart) {
+  function dots(chart, width) {
     const colours = PALETTE[isDark() ? "dark" : "light"];
     const traces = chart.groups.map((group, row) => ({
       x: group.dots.map((dot) => dot[1]), y: group.dots.map((_, i) => row + ((i * 7) % 5 - 2) * 0.07), mode: "markers",
-      marker: { size: 7, opacity: 0.75, color: group.dots.map((dot) => colours[dot[1] > 0 ? 1 : 0]) }, showlegend: false,
-      text: group.dots.map((dot) => `${group.name}<br>client ${dot[0]}: ${short(dot[1])}`), hovertemplate: "%{text}<extra></extra>",
+      marker: { size: 7, opacity: 0.75, color: group.dots.map((dot) => colours[dot[1] > 0 ? 1 : 0]) }, meta: { group: row },
+      text: group.dots.map((dot) => `${esc(group.name)}<br>client ${esc(dot[0])}: ${short(dot[1])}`),
+      hovertemplate: "%{text}<extra></extra>",
     }));
-    const plot = Math.max(140, 24 * chart.groups.length + 20);
-    const rows = { tickvals: chart.groups.map((_, i) => i), ticktext: chart.groups.map((group) => group.tick), range: [chart.groups.length - 0.4, -0.6], zeroline: false };
-    return [traces, layout(TOP + plot + 62, 62, axis(chart.valueLabel, { exponentformat: "power" }), axis("", rows))];
+    const count = chart.groups.length;
+    const names = { tickvals: chart.groups.map((_, i) => i), ticktext: chart.groups.map((group) => tick(group.name, width)) };
+    const rows = axis("", { ...names, range: [count - 0.4, -0.6], zeroline: false });
+    return [traces, layout(Math.max(140, 24 * count + 20), axis(esc(chart.valueLabel), { exponentformat: "power" }), rows)];
   }
 
-  const short = (value) => value === null ? "unknown" : String(Number(value.toPrecision(5)));
+  const SVG = "http://www.w3.org/2000/svg";
+
+  function swatch(meta) {
+    const picture = document.createElementNS(SVG, "svg");
+    const mark = document.createElementNS(SVG, meta.dash < 0 ? "rect" : "line");
+    const line = { x1: 0, y1: 6, x2: 26, y2: 6, stroke: meta.colour, "stroke-width": 2.5 };
+    const shape = meta.dash < 0 ? { x: 7, y: 1, width: 12, height: 10, fill: meta.colour }
+      : { ...line, "stroke-dasharray": ["none", "7 4", "7 3 2 3", "2 3"][meta.dash] };
+    Object.entries({ width: 26, height: 12, "aria-hidden": "true" }).forEach(([name, value]) => picture.setAttribute(name, value));
+    Object.entries(shape).forEach(([name, value]) => mark.setAttribute(name, value));
+    picture.append(mark);
+    return picture;
+  }
+
+  function legend(place, traces) {
+    const named = traces.filter((trace) => trace.meta.name !== undefined);
+    const before = place.parentElement.querySelector(".legend");
+    if (before !== null) { before.remove(); }
+    if (named.length < 2) { return; }
+    const list = document.createElement("div");
+    list.className = "legend";
+    for (const trace of named) {
+      const entry = document.createElement("button");
+      entry.type = "button";
+      entry.setAttribute("aria-pressed", "true");
+      entry.append(swatch(trace.meta), trace.meta.name);
+      entry.addEventListener("click", () => {
+        const visible = entry.getAttribute("aria-pressed") !== "true";
+        entry.setAttribute("aria-pressed", String(visible));
+        const members = traces.map((_, i) => i).filter((i) => traces[i].meta.group === trace.meta.group);
+        Plotly.restyle(place, { visible }, members);
+      });
+      list.append(entry);
+    }
+    place.after(list);
+  }
 
   function draw(place) {
     const chart = charts[Number(place.dataset.chart)];
     if (chart === undefined) { return; }
     const [traces, shown] = { lines, bars, dots }[chart.kind](chart, place.clientWidth);
-    Plotly.react(place, traces, shown, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    Plotly.react(place, traces, shown, { displayModeBar: false });
+    legend(place, traces);
+    place.style.minHeight = "0";
     place.dataset.drawn = String(place.clientWidth);
   }
 

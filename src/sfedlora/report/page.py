@@ -1,8 +1,8 @@
 """A report as one HTML file: everything is inside, nothing is loaded, and text from files cannot become markup or code.
 
-Text is escaped where it enters HTML, JSON or a chart, and a content security policy lets the browser run the two scripts
-of this file alone, known by their digests, and load nothing. Charts are drawn by plotly.js (MIT), which comes with the
-Python package `plotly` (extra `report`); tables are plain HTML and can be read without scripts.
+Text is escaped where it enters HTML, JSON or a chart, and a content security policy lets the browser run the two
+scripts of this file alone, known by their digests, and load nothing. Charts are drawn by plotly.js (MIT), which comes
+with the Python package `plotly` (extra `report`); tables are plain HTML and can be read without scripts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sfedlora.report.panels import PALETTE, Panel, line_label, line_styles
 
 __all__ = ["Page", "plotly_source", "render"]
 
-LONGEST_NAME, LONGEST_TICK = 300, 28
-"""Characters of a name that a chart shows when pointed at, and beside an axis."""
+LONGEST_NAME = 300
+"""Characters of a name that a chart keeps."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def render(page: Page, *, plotly: str, live: bool = False) -> str:
             asks the server for news.
     """
     charts: list[dict[str, Any]] = []
-    styles = line_styles([chart for section in page.sections for chart in _panels(section)])
-    body = "\n".join(_section(section, charts, styles) for section in page.sections)
+    body = "\n".join(_section(section, charts) for section in page.sections)
     script = _asset("page.js")
     library = '<script src="plotly.js"></script>' if live else f"<script>{plotly}</script>"
     allowed, connect = ("'self'", "'self'") if live else (_digest(plotly), "'none'")
@@ -114,7 +113,8 @@ def _panels(section: Section) -> list[Panel]:
     return [chart for grid in grids for chart in grid.charts if isinstance(chart, Panel)]
 
 
-def _section(section: Section, charts: list[dict[str, Any]], styles: Mapping[tuple[str, str], tuple[int, int]]) -> str:
+def _section(section: Section, charts: list[dict[str, Any]]) -> str:
+    styles = line_styles(_panels(section))
     inner = "\n".join(_block(block, charts, styles) for block in section.blocks)
     title = f'<summary><h2 id="{_anchor(section)}">{_escape(section.title)}</h2></summary>'
     return f"<details{' open' if section.is_open else ''}>{title}\n{inner}\n</details>"
@@ -131,7 +131,9 @@ def _block(block: Block, charts: list[dict[str, Any]], styles: Mapping[tuple[str
         return _table(block)
     cells = []
     for chart in block.charts:
-        cells.append(f'<figure><figcaption>{_escape(chart.title)}</figcaption><div data-chart="{len(charts)}"></div></figure>')
+        cells.append(
+            f'<figure><figcaption>{_escape(chart.title)}</figcaption><div data-chart="{len(charts)}"></div></figure>'
+        )
         charts.append(_chart(chart, styles))
     return f'<div class="charts">{"".join(cells)}</div>'
 
@@ -153,20 +155,19 @@ def _cell(value: Any) -> str:
 
 
 def _chart(chart: Panel | Bars | Dots, styles: Mapping[tuple[str, str], tuple[int, int]]) -> dict[str, Any]:
-    """What page.js draws. Names are escaped: plotly.js reads them as a small HTML."""
+    """What page.js draws; it escapes names, because plotly.js reads them as a small HTML."""
     if isinstance(chart, Bars):
         return {
             "kind": "bars",
             "valueLabel": chart.value_label,
             "names": [_name(name) for name in chart.names],
-            "ticks": [_tick(name) for name in chart.names],
             "series": [{"name": name, "values": list(map(_finite, values))} for name, values in chart.series.items()],
             "sideways": chart.sideways,
             "signed": chart.signed,
         }
     if isinstance(chart, Dots):
         groups = [
-            {"name": _name(name), "tick": _tick(name), "dots": [[_name(dot), _finite(value)] for dot, value in dots]}
+            {"name": _name(name), "dots": [[_name(dot), _finite(value)] for dot, value in dots]}
             for name, dots in chart.groups.items()
         ]
         return {"kind": "dots", "valueLabel": chart.value_label, "groups": groups}
@@ -188,17 +189,17 @@ def _finite(value: float | None) -> float | None:
 
 
 def _name(text: str) -> str:
-    return _escape(text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}...")
-
-
-def _tick(text: str) -> str:
-    return _escape(text if len(text) <= LONGEST_TICK else f"{text[: LONGEST_TICK - 1]}\N{HORIZONTAL ELLIPSIS}")
+    return _plain(text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}...")
 
 
 def _escape(text: str) -> str:
-    """Text for HTML; what no HTML document may hold becomes a question mark."""
-    plain = "".join(letter if letter >= " " or letter in "\n\t" else "?" for letter in text)
-    return html.escape(plain.encode("utf-8", "replace").decode("utf-8"), quote=True)
+    return html.escape(_plain(text), quote=True)
+
+
+def _plain(text: str) -> str:
+    """Text with a question mark for everything that no HTML document may hold."""
+    known = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(letter if letter >= " " or letter in "\n\t" else "?" for letter in known)
 
 
 def _json(values: Any) -> str:

@@ -69,7 +69,7 @@ class Panel:
 def loss_panels(run: RunRecord) -> list[Panel]:
     """Every metric of one run per round."""
     return [
-        Panel("mean over clients", "round", label, [line])
+        Panel(f"{_short(label)}, mean over clients", "round", label, [line])
         for key, label in METRICS.items()
         if (line := _run_line(run, key, "mean over clients", positive=False)).points
     ]
@@ -107,7 +107,10 @@ def round_rows(
         def lines(key: str, own: Sequence[CellRecord] = members) -> list[Line]:
             return lines_by_round(own, varying, _reader(runs, key, positive=key not in METRICS))
 
-        row = [Panel(f"mean over clients{at}", "round", METRICS[metric], lines(metric)) for metric in metrics]
+        row = [
+            Panel(f"{_short(METRICS[metric])}, mean over clients{at}", "round", METRICS[metric], lines(metric))
+            for metric in metrics
+        ]
         row.append(Panel(f"gradient of B{at}", "round", GRADIENT, lines("grad_norm_b"), log_y=True))
         if with_gain:
             row.append(Panel(f"gain{at}", "round", GAIN, lines("gain"), log_y=True))
@@ -188,6 +191,10 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> float:
     xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
     mean_x, mean_y = fmean(xs), fmean(ys)
     return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
+
+
+def _short(label: str) -> str:
+    return label.split(" on ", 1)[0]
 
 
 def _run_line(run: RunRecord, key: str, label: str, *, positive: bool) -> Line:

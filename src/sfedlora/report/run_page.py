@@ -155,7 +155,12 @@ def _metric_blocks(run: RunRecord) -> list[Block]:
 
 def _summary_table(summary: Mapping[str, Any]) -> Table:
     names = [name for name in SHORT if lookup(summary, "last", "validation", "weighted", name) is not None]
-    columns = ["state", "round", "split", *(f"{SHORT[n]}, {mean}" for n in names for mean in ("weighted", "unweighted"))]
+    columns = [
+        "state",
+        "round",
+        "split",
+        *(f"{SHORT[n]}, {mean}" for n in names for mean in ("weighted", "unweighted")),
+    ]
     rows = [
         [
             when,
@@ -206,8 +211,13 @@ def _client_blocks(run: RunRecord) -> list[Block]:
     blocks: list[Block] = [Grid(charts)] if charts else []
     if changes:
         worse = sum(last > first for _, first, last in changes)
-        blocks.insert(0, Note(f"{len(changes) - worse} of {len(changes)} clients have a lower or equal validation loss "
-                              f"than with the initial model, {worse} a higher one."))
+        blocks.insert(
+            0,
+            Note(
+                f"{len(changes) - worse} of {len(changes)} clients have a lower or equal validation loss "
+                f"than with the initial model, {worse} a higher one."
+            ),
+        )
     table = _client_table(run, sizes)
     return [*blocks, table] if table.rows else blocks or [Note("Nothing is known about single clients yet.")]
 
@@ -250,7 +260,10 @@ def _cost_blocks(run: RunRecord) -> list[Block]:
         for key, name in TRAFFIC.items()
     }
     totals = phase_totals(run)
-    charts = [Bars("Seconds of each round", "seconds", rounds, seconds), Bars("Traffic of each round", "MB", rounds, traffic)]
+    charts = [
+        Bars("Seconds of each round", "seconds", rounds, seconds),
+        Bars("Traffic of each round", "MB", rounds, traffic),
+    ]
     rows = [
         *((name, "s", totals[key], totals[key] / len(rounds)) for key, name in PHASES.items()),
         *((name, "MB", totals[key] / MEGABYTE, totals[key] / MEGABYTE / len(rounds)) for key, name in TRAFFIC.items()),
@@ -268,11 +281,7 @@ def _exclusion_blocks(run: RunRecord) -> list[Block]:
 def _last_clients(run: RunRecord, *, evaluated: bool) -> dict[str, Mapping[str, Any]]:
     """Client id -> its entry of the last round in which it was evaluated, or trained."""
     key = "eval_loss" if evaluated else "train_loss"
-    found: dict[str, Mapping[str, Any]] = {}
-    for client, entry in _client_entries(run):
-        if key in entry:
-            found[client] = entry
-    return found
+    return {client: entry for client, entry in _client_entries(run) if key in entry}
 
 
 def _client_entries(run: RunRecord) -> Iterable[tuple[str, Mapping[str, Any]]]:

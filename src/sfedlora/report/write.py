@@ -71,7 +71,8 @@ def page_of(directory: Path, answers: Answers = ()) -> Page:
     cells += [cell for cell in begun if cell.run_dir.resolve() not in known]
     if not cells:
         raise InputError(
-            f"{directory}: neither a run directory (config.yaml is missing) nor a comparison (no results.jsonl, no cells)"
+            f"{directory}: no run directory (config.yaml is missing) and no comparison (no results.jsonl, no cells); "
+            "give a folder that `run` or `compare` wrote"
         )
     present = [cell.run_dir for cell in cells if (cell.run_dir / "config.yaml").is_file()]
     runs = {path: load_run(path, may_be_empty=True) for path in present}
