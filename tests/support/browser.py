@@ -64,7 +64,8 @@ class Browser:
     def requests(self) -> list[str]:
         """Addresses that the page has asked for since the last call."""
         entries = [json.loads(entry["message"])["message"] for entry in self._post("se/log", {"type": "performance"})]
-        return [each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"]
+        asked = [each["params"]["request"]["url"] for each in entries if each["method"] == "Network.requestWillBeSent"]
+        return [url for url in asked if not url.startswith(("chrome:", "data:"))]  # the browser's own first page
 
     def save_picture(self, path: Path) -> None:
         """A picture of what the window shows."""
