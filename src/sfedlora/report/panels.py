@@ -27,6 +27,8 @@ from sfedlora.report.series import (
 )
 
 __all__ = [
+    "GAIN",
+    "GRADIENT",
     "METRICS",
     "PALETTE",
     "Panel",
