@@ -13,12 +13,13 @@ HUTTO := $(DATA)/hutto_ICWSM_2014.tar.gz
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help bench demo demo-sentiment test test-slow lint types docs format clean
+.PHONY: help bench demo demo-sentiment test test-slow test-browser lint types docs format clean
 
 help:
 	@echo "make demo            fine-tune SmolLM2-135M across clients on real text, compare scaling rules"
 	@echo "make demo-sentiment  the same with MiniLM on sentiment sentences"
 	@echo "make test            run the fast tests      make test-slow   the slow ones"
+	@echo "make test-browser    look at the report with Chromium, where there is one"
 	@echo "make bench           measure speed and memory against the bars (BENCH=--whole: on SmolLM2 too)"
 	@echo "make lint types docs check style, layers, types, documentation"
 
@@ -76,7 +77,10 @@ test: $(VENV)/.dev $(VENV)/.corpus $(VENV)/.minilm
 test-slow: export SFEDLORA_TEST_DATA := $(CURDIR)/$(DATA)
 test-slow: export SFEDLORA_REQUIRE_DATA := 1
 test-slow: $(VENV)/.dev $(VENV)/.chat $(VENV)/.chitchat $(VENV)/.minilm $(HUTTO)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not browser"
+
+test-browser: $(VENV)/.dev
+	$(BIN)/python -m pytest -m browser
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
 Not here: which cells there are (`config.grid`).
 
 A line of results.jsonl: `{"cell": name, "settings": {dotted key: value}, "run_dir": path, "summary": {...}}`. The
-settings are `REPORTED_KEYS`, whatever else differs between the cells, gamma, and the preset if there is one.
+settings are `REPORTED_KEYS`, whatever else differs between the cells, gamma, and the preset if there is one. The
+summary leaves out what it says of single clients; that stays in the run directory.
 """
 
 from __future__ import annotations
@@ -98,7 +99,14 @@ def results_line(cell: Cell, keys: Sequence[str] = ()) -> dict[str, Any]:
     settings["gamma"] = directory.environment()["scaling"]["gamma"]
     if flat["preset"] is not None:
         settings["preset"] = flat["preset"]
-    return {"cell": cell.name, "settings": settings, "run_dir": str(path), "summary": directory.summary()}
+    summary = _without_clients(directory.summary())
+    return {"cell": cell.name, "settings": settings, "run_dir": str(path), "summary": summary}
+
+
+def _without_clients(summary: Any) -> Any:
+    if not isinstance(summary, dict):
+        return summary
+    return {key: _without_clients(value) for key, value in summary.items() if key != "clients"}
 
 
 def _differing_keys(cells: Sequence[Cell]) -> list[str]:

@@ -389,6 +389,7 @@ def _evaluate_split(
     means = {
         "weighted": mean_results(results, weighted=True),
         "unweighted": mean_results(results, weighted=False),
+        "clients": {client_id: result.metrics() for client_id, result in results.items()},
     }
     return means | evaluate_external(federation, state, list(results), split)
 

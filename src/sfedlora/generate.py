@@ -9,11 +9,11 @@ import torch
 
 from sfedlora.errors import InputError
 from sfedlora.experiment import load_state
-from sfedlora.federation.state import load_serving
+from sfedlora.federation.state import FederationState, load_serving
 from sfedlora.setup import Prepared
 from sfedlora.types import Part
 
-__all__ = ["Answer", "answer_before_and_after"]
+__all__ = ["Answer", "answer_before_and_after", "sample_answers"]
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,31 @@ def answer_before_and_after(run_dir: Path, *, client_id: str | None = None, max_
         InputError: no such client, or a run of another task.
     """
     prepared, state = load_state(run_dir)
+    chosen = min(prepared.federation.splits) if client_id is None else client_id
+    return _answer(prepared, state, run_dir, chosen, max_new_tokens)
+
+
+def sample_answers(run_dir: Path, num_clients: int, *, max_new_tokens: int = 32) -> list[Answer]:
+    """`answer_before_and_after` of the first clients, with the model loaded once."""
+    prepared, state = load_state(run_dir)
+    chosen = sorted(prepared.federation.splits)[:num_clients]
+    return [_answer(prepared, state, run_dir, client_id, max_new_tokens) for client_id in chosen]
+
+
+def _answer(prepared: Prepared, state: FederationState, run_dir: Path, client_id: str, max_new_tokens: int) -> Answer:
     federation = prepared.federation
-    chosen = min(federation.splits) if client_id is None else client_id
-    if chosen not in federation.splits or federation.data.label_starts is None:
-        raise InputError(f"{run_dir}: no causal-lm client {chosen!r}; clients are {', '.join(federation.splits)}")
-    row = federation.splits[chosen].test[0]
+    if client_id not in federation.splits or federation.data.label_starts is None:
+        raise InputError(f"{run_dir}: no causal-lm client {client_id!r}; clients are {', '.join(federation.splits)}")
+    row = federation.splits[client_id].test[0]
     tokens = federation.data.example_tokens(row)
     start = int(federation.data.label_starts[row])
     prompt = torch.from_numpy(tokens[:start].astype("int64"))[None]
-    load_serving(federation, state, [chosen])
+    load_serving(federation, state, [client_id])
     after = _generate(prepared, prompt, max_new_tokens)
     federation.resident.flat(Part.B).zero_()
     federation.resident.set_base_deltas({})
     return Answer(
-        chosen,
+        client_id,
         _decode(prepared, prompt[0]),
         _decode(prepared, torch.from_numpy(tokens[start:].astype("int64"))),
         _generate(prepared, prompt, max_new_tokens),

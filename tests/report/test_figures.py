@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from sfedlora.config.presets import PRESETS
 from sfedlora.errors import InputError, StorageError
 from sfedlora.report import draw_comparison, draw_directories, draw_run, load_cells
+from support.comparison_files import write_comparison
 from support.run_files import write_run
 
 
@@ -23,36 +23,6 @@ def ink(path: Path) -> float:
     """Share of pixels that are not white."""
     with Image.open(path) as image:
         return float((np.asarray(image.convert("L")) < 250).mean())
-
-
-def write_comparison(
-    folder: Path, *, ranks: tuple[int, ...] = (8, 32), clients: tuple[int, ...] = (2, 4), seeds: tuple[int, ...] = (0,)
-) -> Path:
-    lines = []
-    for scaling, rank, count, seed in itertools.product(("sfed", "lora"), ranks, clients, seeds):
-        norm = 1.0 if scaling == "sfed" else (rank * count) ** -0.5
-        run = write_run(
-            folder / f"{scaling}-{rank}-{count}-{seed}",
-            losses=[3.0 - 0.1 * norm, 2.9 - 0.2 * norm],
-            norms=[norm, norm],
-            initial=3.1,
-            scaling=scaling,
-            rank=rank,
-            num_clients=count,
-            seed=seed,
-        )
-        settings = {
-            "lora.scaling": scaling,
-            "lora.init": "independent",
-            "lora.rank": rank,
-            "partition.num_clients": count,
-            "seed": seed,
-        }
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        lines.append({"cell": run.name, "settings": settings, "run_dir": str(run), "summary": summary})
-    results = folder / "results.jsonl"
-    results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return folder
 
 
 def test_a_run_gets_metrics_and_gradients(tmp_path: Path) -> None:

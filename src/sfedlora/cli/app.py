@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sfedlora.cli import compare, demo, evaluate, export, flower, report, resume, run, verify
+from sfedlora.cli import compare, demo, evaluate, export, flower, probe, report, resume, run, verify
 
 __all__ = ["app"]
 
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(compare.compare)
 app.command()(resume.resume)
+app.command()(probe.probe)
 app.command()(report.report)
 app.command()(evaluate.evaluate)
 app.command()(export.export)

@@ -10,10 +10,24 @@ from typing import Any
 
 from sfedlora.config.flatten import flatten
 from sfedlora.config.yaml_file import read_yaml
-from sfedlora.errors import DataError, InputError
+from sfedlora.errors import DataError, InputError, StorageError
 from sfedlora.storage import read_record, read_records
 
-__all__ = ["CellRecord", "RunRecord", "cell_of_run", "load_cells", "load_run", "run_points"]
+__all__ = [
+    "CellRecord",
+    "RunRecord",
+    "cell_of_run",
+    "has_finished_rounds",
+    "initial_clients",
+    "load_cells",
+    "load_environment",
+    "load_run",
+    "load_split_sizes",
+    "run_points",
+    "unfinished_runs",
+]
+
+_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,12 @@ class CellRecord:
     summary: Mapping[str, Any]
 
 
-def load_run(run_dir: Path) -> RunRecord:
+def load_run(run_dir: Path, *, may_be_empty: bool = False) -> RunRecord:
     """Read a run directory.
+
+    Args:
+        run_dir: the directory.
+        may_be_empty: whether a run without a finished round is read, too.
 
     Raises:
         InputError: it is no run directory, or no round has finished yet.
@@ -61,11 +79,64 @@ def load_run(run_dir: Path) -> RunRecord:
     if not config.is_file():
         raise InputError(f"{run_dir}: no run directory (config.yaml is missing); give a folder that `run` wrote")
     rounds = read_records(metrics, {"round_num": int}) if metrics.is_file() else []
-    if not rounds:
+    if not rounds and not may_be_empty:
         raise InputError(f"{run_dir}: no round has finished yet (metrics.jsonl is missing or empty)")
     content = read_record(summary, {}) if summary.is_file() else {}
     ordered = tuple(sorted(rounds, key=lambda record: int(record["round_num"])))
     return RunRecord(run_dir, flatten(read_yaml(config).values), ordered, content)
+
+
+def load_environment(run_dir: Path) -> Mapping[str, Any]:
+    """environment.json; empty where it is missing."""
+    path = run_dir / "environment.json"
+    return read_record(path, {}) if path.is_file() else {}
+
+
+def load_split_sizes(run_dir: Path) -> dict[str, tuple[int, int, int]]:
+    """Client id -> its numbers of train, validation and test rows by partition.json; empty where that is missing.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
+    path = run_dir / "partition.json"
+    clients = read_record(path, {"clients": dict})["clients"] if path.is_file() else {}
+    sizes = {}
+    for client_id, rows in clients.items():
+        train, validation, test = (lookup(rows, split) for split in _SPLITS)
+        if not all(isinstance(each, list) for each in (train, validation, test)):
+            raise StorageError(f"{path}: damaged or edited: client {client_id!r} lacks a list of rows of a split")
+        sizes[client_id] = (len(train), len(validation), len(test))
+    return sizes
+
+
+def initial_clients(run: RunRecord, split: str) -> Mapping[str, Mapping[str, Any]]:
+    """Client id -> metrics before round 1 on one of its splits; empty where the run recorded none.
+
+    While the run goes on they are in its checkpoints, which keep them for summary.json.
+    """
+    found = lookup(run.summary, "initial", split, "clients")
+    if found is None:
+        states = sorted(run.path.glob("checkpoints/round-*/state.json"))
+        try:
+            content = read_record(states[-1], {}) if states else {}
+        except StorageError:  # a checkpoint that is replaced while it is read
+            content = {}
+        found = lookup(content, "progress", "initial", split, "clients")
+    return found if isinstance(found, Mapping) else {}
+
+
+def has_finished_rounds(directory: Path) -> bool:
+    """Whether a run has a finished round, or a comparison a finished cell: whether there is something to draw."""
+    if (directory / "results.jsonl").is_file():
+        return True
+    metrics = directory / "metrics.jsonl"
+    return metrics.is_file() and bool(read_records(metrics, {"round_num": int}))
+
+
+def unfinished_runs(folder: Path) -> list[Path]:
+    """Run directories in a comparison's folder that have no summary: they go on, or they failed."""
+    marks = sorted(folder.glob("*/config.yaml"))
+    return [mark.parent for mark in marks if not (mark.parent / "summary.json").is_file()]
 
 
 def load_cells(results: Path) -> list[CellRecord]:

@@ -1,8 +1,6 @@
 """Lines on panels, panels on a figure, a figure in a PNG file, with matplotlib (extra `report`).
 
-A method has a colour, from a palette that colour-blind readers can tell apart (Okabe and Ito); a size has a dash and a
-marker, and so has a method beyond the number of colours. Bands span the lowest to the highest seed. A panel without
-lines is not drawn.
+Bands span the lowest to the highest seed. A panel without lines is not drawn.
 """
 
 from __future__ import annotations
@@ -11,38 +9,23 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from sfedlora.errors import InputError, StorageError
-from sfedlora.report.series import Line
+from sfedlora.report.panels import PALETTE, Panel, line_label, line_styles
 from sfedlora.storage import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "draw_panels"]
+__all__ = ["draw_panels"]
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LEGEND_ROWS, LEGEND_LETTERS = 6, 34
 """A longer legend has two columns if its labels have no more letters than this."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes: its lines and how they are shown."""
-
-    title: str
-    x_label: str
-    y_label: str
-    lines: Sequence[Line]
-    log_x: bool = False
-    log_y: bool = False
 
 
 def draw_panels(rows: Sequence[Sequence[Panel]], title: str, path: Path) -> Path | None:
@@ -55,7 +38,7 @@ def draw_panels(rows: Sequence[Sequence[Panel]], title: str, path: Path) -> Path
     shown = [row for row in ([panel for panel in row if panel.lines] for row in rows) if row]
     if not shown:
         return None
-    styles = _styles([panel for row in shown for panel in row])
+    styles = line_styles([panel for row in shown for panel in row])
     figure = _new_figure(shown)
     grid = figure.subplots(len(shown), max(map(len, shown)), squeeze=False)
     for at, row in enumerate(shown):
@@ -90,28 +73,12 @@ def _save(figure: Figure, path: Path) -> None:
     write_bytes(path, content.getvalue())
 
 
-def _styles(panels: Sequence[Panel]) -> dict[tuple[str, str], tuple[str, str, str]]:
-    """(method, size) -> colour, dash, marker: the same in all panels of a figure, and no two the same."""
-    lines = [line for panel in panels for line in panel.lines]
-    methods, sizes = (list(dict.fromkeys(names)) for names in ((x.method for x in lines), (x.size for x in lines)))
-    turns = math.ceil(len(methods) / len(PALETTE))
-    styles = {}
-    for line in lines:
-        turn, colour = divmod(methods.index(line.method), len(PALETTE))
-        form = sizes.index(line.size) * turns + turn
-        styles[line.method, line.size] = (
-            PALETTE[colour],
-            DASHES[form % len(DASHES)],
-            MARKERS[form % len(MARKERS)],
-        )
-    return styles
-
-
-def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[tuple[str, str], tuple[str, str, str]]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[tuple[str, str], tuple[int, int]]) -> None:
     for line in panel.lines:
-        colour, dash, marker = styles[line.method, line.size]
+        colour_index, form = styles[line.method, line.size]
+        colour, dash, marker = PALETTE[colour_index], DASHES[form % len(DASHES)], MARKERS[form % len(MARKERS)]
         xs, means, lows, highs = ([point[at] for point in line.points] for at in range(4))
-        label = _label(panel, line)
+        label = line_label(panel, line)
         axes.plot(xs, means, dash, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
         if lows != highs:
             axes.fill_between(xs, lows, highs, color=colour, alpha=0.1, linewidth=0)
@@ -124,23 +91,9 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[tuple[str, str], tuple
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), fontsize=8, frameon=False, ncols=columns)
 
 
-def _label(panel: Panel, line: Line) -> str:
-    return (f"{line.method}, {line.size}" if line.size else line.method) + _slope_text(panel, line)
-
-
 def _legend_columns(panel: Panel) -> int:
-    longest = max(len(_label(panel, line)) for line in panel.lines)
+    longest = max(len(line_label(panel, line)) for line in panel.lines)
     return 2 if len(panel.lines) > LEGEND_ROWS and longest <= LEGEND_LETTERS else 1
-
-
-def _slope_text(panel: Panel, line: Line) -> str:
-    """The least-squares slope where both axes are logarithmic and there are three points or more."""
-    if not (panel.log_x and panel.log_y) or len(line.points) < 3:
-        return ""
-    xs, ys = [math.log(point[0]) for point in line.points], [math.log(point[1]) for point in line.points]
-    mean_x, mean_y = fmean(xs), fmean(ys)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / sum((x - mean_x) ** 2 for x in xs)
-    return f" (slope {round(slope, 2) + 0.0:+.2f})"
 
 
 def _scale_axes(axes: Axes, panel: Panel) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "by_size",
     "line_of_points",
     "lines_against",
+    "lines_by_method",
     "lines_by_round",
     "method_label",
     "run_label",
@@ -99,6 +100,18 @@ def lines_by_round(
 ) -> list[Line]:
     """One line per method over cells of one size, seeds joined; `varying` is what differs in the whole comparison."""
     return _group(cells, varying, [], points)
+
+
+def lines_by_method(
+    cells: Sequence[CellRecord], points: Callable[[CellRecord], Sequence[tuple[float, float]]]
+) -> dict[str, list[Line]]:
+    """For each method its lines by round, one per rank and number of clients, seeds joined."""
+    varying = varying_keys(cells)
+    groups: dict[str, list[Line]] = {}
+    for size, members in by_size(cells, varying).items():
+        for line in _group(members, varying, [], points):
+            groups.setdefault(line.method, []).append(Line(size or line.method, "", line.points))
+    return groups
 
 
 def by_size(cells: Sequence[CellRecord], varying: Sequence[str]) -> dict[str, list[CellRecord]]:
