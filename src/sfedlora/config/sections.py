@@ -111,7 +111,7 @@ class ModelSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile the transformer layers with torch.compile: faster steps after a first one that may take minutes, and a
-    C++ compiler (on GPUs Triton) must be installed. Results differ in rounding, and equal bits need the same compiler."""
+    C++ compiler (on GPUs Triton) must be installed. Results differ in rounding; equal bits need the same compiler."""
 
 
 class DataSection(Section):
