@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from sfedlora import RunConfig
 from sfedlora.flower.app_files import write_app
 from sfedlora.flower.certificates import write_test_certificates
@@ -153,15 +155,44 @@ class Deployment:
             return str(json.loads(done.stdout)["runs"][0]["status"])
         return done.stdout + done.stderr
 
-    def wait_for(self, run_id: str, *, seconds: float) -> str:
+    def wait_for_file(self, path: str, *, seconds: float) -> None:
+        """Wait until a file or folder of the run directory is there."""
+        end = time.monotonic() + seconds
+        while not (self.root / "run" / path).exists():
+            if time.monotonic() > end:
+                logs = "\n".join(f"== {name}\n{self.log(name)[-2000:]}" for name in self.processes)
+                raise TimeoutError(f"{path} is not there after {seconds:g} s\n{logs}")
+            time.sleep(0.2)
+
+    def wait_for_end(self, run_id: str, *, seconds: float) -> str:
         """Wait for the end of a run; its status."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             status = self.status(run_id)
             if status.startswith("finished"):
                 return status
-            time.sleep(1.0)
+            time.sleep(2.0)  # each look is a process of its own
         return f"not finished after {seconds:g} s: {self.status(run_id)}"
+
+    def kill_server_app(self) -> None:
+        """Kill the process that runs the rounds; the link goes on."""
+        link = psutil.Process(self.processes["link"].pid)
+        found = [child for child in link.children(recursive=True) if "serverapp" in " ".join(child.cmdline())]
+        assert found, "no server app is running"
+        for child in found:
+            child.kill()
+
+    def restart_node(self, number: int, node: Mapping[str, str], *, seconds: float) -> None:
+        """Start a node again, as a supervisor does: until it is no longer refused because of its old lease."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            name = self.start_node(number, node)
+            try:
+                self.processes[name].wait(20)
+            except subprocess.TimeoutExpired:
+                return
+            time.sleep(5)
+        raise TimeoutError(self.log(f"node{number}")[-3000:])
 
     def stop(self, name: str, *, kill: bool = False) -> None:
         """End a process and those that it has started."""

@@ -1,0 +1,136 @@
+"""A link and three nodes on loopback, with TLS and node keys, as the written app's README says.
+
+Real processes of Flower, real certificates, the tiny model. What comes out has the bytes of a run in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from flower.deployment import BIN, QUIET, Deployment, free_port
+from flower.federations import chat_config, chat_files, exchange_of
+from flower.local_exchange import Node, facts
+from sfedlora import RunConfig, run
+from sfedlora.flower.certificates import write_test_certificates
+from sfedlora.flower.envelope import Envelope
+from sfedlora.flower.exchange import Lost
+from sfedlora.flower.server import serve
+
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return chat_config(
+        tmp_path, flower__sites=["ai", "conversations", "emotion-1"], flower__round_deadline_seconds=240.0
+    )
+
+
+@pytest.fixture
+def deployment(tmp_path: Path, config: RunConfig) -> Iterator[Deployment]:
+    with Deployment.write(tmp_path / "federation", config, num_nodes=3) as started:
+        started.start_link()
+        yield started
+
+
+def _nodes(deployment: Deployment, files: Mapping[str, Path]) -> list[dict[str, str]]:
+    return [
+        {"client-id": client_id, "data": str(path), "state-dir": str(deployment.root / f"state{number}")}
+        for number, (client_id, path) in enumerate(files.items())
+    ]
+
+
+def _differing(expected: Path, sites: Path, deployment: Deployment, federation_id: str) -> list[str]:
+    """Adapter files that are not those of a run in one process; sites: where that run's sites keep theirs."""
+    pairs = [(expected / "adapters" / "shared", deployment.root / "run" / "adapters" / "shared")]
+    for number, client_id in enumerate(("ai", "conversations", "emotion-1")):
+        own = deployment.root / f"state{number}" / federation_id / client_id / "adapter"
+        theirs = sites / client_id
+        pairs.append((theirs if sites.name == "clients" else theirs / federation_id / client_id / "adapter", own))
+    return [str(b / name) for a, b in pairs for name in FILES if (a / name).read_bytes() != (b / name).read_bytes()]
+
+
+def test_three_sites_over_tls_give_the_bytes_of_the_serial_runner_and_a_killed_server_goes_on(
+    tmp_path: Path, config: RunConfig, deployment: Deployment
+) -> None:
+    files = chat_files(tmp_path)
+    nodes = _nodes(deployment, files)
+    # hostile nodes first: the link must refuse them, and the federation must go on as if they were not there
+    other = tmp_path / "other-certificates"
+    write_test_certificates(other, num_nodes=1)
+    wrong_authority = deployment.start_node(7, nodes[0], certificate=other / "ca.crt", key=other / "node0.key")
+    no_key = deployment.start_node(8, nodes[0], key=other / "node0.key")
+    for number in range(3):
+        registered = deployment.register(number)
+        assert registered.returncode == 0, registered.stdout + registered.stderr
+        deployment.start_node(number, nodes[number])
+    first = deployment.submit()
+    deployment.wait_for_file("checkpoints/round-000001", seconds=240)
+    deployment.kill_server_app()
+    assert deployment.wait_for_end(first, seconds=120).startswith("finished:failed")
+    assert not (deployment.root / "run" / "summary.json").exists()
+    deployment.submit(resume="true")
+    deployment.wait_for_file("summary.json", seconds=400)
+
+    local = run(config).run_dir
+    assert _differing(local, local / "adapters" / "clients", deployment, "test") == []
+    lines = [json.loads(line) for line in (deployment.root / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["excluded"] for line in lines] == [{}, {}, {}]
+    assert "CERTIFICATE_VERIFY_FAILED" in deployment.log(wrong_authority)
+    assert "sfedlora" not in deployment.log(wrong_authority)
+    assert deployment.processes[no_key].poll() is not None, deployment.log(no_key)[-2000:]
+    trainers = [path.read_text().count("trainer of site") for path in deployment.root.glob("state*/trainer.log")]
+    assert trainers == [1, 1, 1]  # the base model is loaded once per site, over both runs of the server
+
+
+def test_a_link_with_certificates_takes_nobody_who_has_none(deployment: Deployment, tmp_path: Path) -> None:
+    nodes = _nodes(deployment, chat_files(tmp_path))
+    settings = " ".join(f'{key}="{value}"' for key, value in nodes[0].items())
+    command = [str(BIN / "flower-supernode"), "--insecure", "--superlink", f"localhost:{deployment.port}"]
+    command += ["--port", str(free_port()), "--node-config", settings, "--max-retries", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**deployment.environment, **QUIET}
+    )
+    assert done.returncode != 0
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_in_a_round_is_excluded_and_goes_on_with_its_own_b(
+    tmp_path: Path, config: RunConfig, deployment: Deployment
+) -> None:
+    files = chat_files(tmp_path)
+    nodes = _nodes(deployment, files)
+    for number in range(3):
+        deployment.register(number)
+        deployment.start_node(number, nodes[number])
+    config = config.with_values({"rounds.num_rounds": 6})
+    deployment.submit(overrides='"rounds.num_rounds=6"')
+    deployment.wait_for_file("checkpoints/round-000001", seconds=240)
+    deployment.stop("node2", kill=True)
+    deployment.restart_node(2, nodes[2], seconds=240)
+    deployment.wait_for_file("summary.json", seconds=600)
+    lines = [json.loads(line) for line in (deployment.root / "run" / "metrics.jsonl").read_text().splitlines()]
+    missed = [line["round_num"] for line in lines if "emotion-1" in line["excluded"]]
+    assert missed
+    assert len(missed) < 6, "the node never came back"
+    assert 1 not in missed
+
+    # the same faults in one process
+    exchange = exchange_of(config, files, tmp_path / "sites")
+    exchange.connected[3] = _silent_in(exchange.connected[3], missed)
+    config = config.with_values({"output": str(tmp_path / "expected")})
+    served = serve(config, exchange, resume=False, log=lambda _: None)
+    assert _differing(served.path, tmp_path / "sites", deployment, "test") == []
+
+
+def _silent_in(node: Node, rounds: list[int]) -> Node:
+    def answer(envelope: Envelope) -> Envelope | Lost | None:
+        asked = facts(envelope)
+        return Lost("killed") if asked.get("train") and asked["round_num"] in rounds else node(envelope)
+
+    return answer
