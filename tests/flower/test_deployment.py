@@ -26,9 +26,8 @@ FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    return chat_config(
-        tmp_path, flower__sites=["ai", "conversations", "emotion-1"], flower__round_deadline_seconds=240.0
-    )
+    patient = {"flower__round_deadline_seconds": 400.0, "flower__join_deadline_seconds": 400.0}
+    return chat_config(tmp_path, flower__sites=["ai", "conversations", "emotion-1"], **patient)
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def test_three_sites_over_tls_give_the_bytes_of_the_serial_runner_and_a_killed_s
         assert registered.returncode == 0, registered.stdout + registered.stderr
         deployment.start_node(number, nodes[number])
     first = deployment.submit()
-    deployment.wait_for_file("checkpoints/round-000001", seconds=240)
+    deployment.wait_for_file("checkpoints/round-000001", seconds=400)
     deployment.kill_server_app()
     assert deployment.wait_for_end(first, seconds=120).startswith("finished:failed")
     assert not (deployment.root / "run" / "summary.json").exists()
@@ -110,7 +109,7 @@ def test_a_node_that_is_killed_in_a_round_is_excluded_and_goes_on_with_its_own_b
         deployment.start_node(number, nodes[number])
     config = config.with_values({"rounds.num_rounds": 6})
     deployment.submit(overrides='"rounds.num_rounds=6"')
-    deployment.wait_for_file("checkpoints/round-000001", seconds=240)
+    deployment.wait_for_file("checkpoints/round-000001", seconds=400)
     deployment.stop("node2", kill=True)
     deployment.restart_node(2, nodes[2], seconds=240)
     deployment.wait_for_file("summary.json", seconds=600)
