@@ -15,7 +15,17 @@ CHAT = "package:sfedlora/assets/tiny_chat.jsonl"
 TOPICS = ("ai", "conversations", "emotion-1")
 LABELS = ("bad", "good")
 
-__all__ = ["CHAT", "LABELS", "TINY", "TOPICS", "chat_config", "chat_files", "exchange_of"]
+__all__ = [
+    "CHAT",
+    "LABELS",
+    "TINY",
+    "TOPICS",
+    "chat_config",
+    "chat_files",
+    "exchange_of",
+    "small_config",
+    "small_files",
+]
 
 
 def chat_config(tmp_path: Path, **overrides: Any) -> RunConfig:
@@ -55,3 +65,17 @@ def exchange_of(config: RunConfig, files: Mapping[str, Path], state_dir: Path) -
             for number, (client_id, path) in enumerate(files.items(), start=1)
         }
     )
+
+
+def small_config(tmp_path: Path, **overrides: Any) -> RunConfig:
+    """Two sites, one step a round: a round takes a fraction of a second."""
+    given = {"partition__num_clients": 2, "local__local_steps": 1, "local__batch_size": 2, "rounds__num_rounds": 3}
+    return chat_config(tmp_path, **{**given, **overrides})
+
+
+def small_files(tmp_path: Path) -> dict[str, Path]:
+    """The first rows of two topics."""
+    files = chat_files(tmp_path, TOPICS[:2])
+    for path in files.values():
+        path.write_text("\n".join(path.read_text().splitlines()[:24]) + "\n")
+    return files

@@ -49,8 +49,9 @@ def app_config(config_path: Path, run_config: Mapping[str, Any]) -> RunConfig:
         overrides = shlex.split(text)
     except ValueError as error:
         raise ConfigError(f"overrides={text!r}: {error}; expected for example overrides='seed=1 threads=2'") from None
+    config = RunConfig.load(config_path, overrides)
     output = str(run_config.get("output", ""))
-    return RunConfig.load(config_path, [*overrides, *([f"output={output}"] if output else [])])
+    return config.with_values({"output": output}) if output else config
 
 
 def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSettings:
