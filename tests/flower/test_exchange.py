@@ -32,7 +32,7 @@ class FakeGrid(Grid):
         given = list(messages)
         assert len(given) == 1
         self.pushed += given
-        return [self._ids.pop(0)] if self._ids else []  # type: ignore[list-item] - what Flower does, not what it says
+        return [self._ids.pop(0)] if self._ids else []  # type: ignore[list-item]  # what Flower does
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = list(message_ids)
@@ -46,7 +46,7 @@ class FakeGrid(Grid):
     def run(self) -> NoReturn:
         raise NotImplementedError
 
-    def create_message(self, *args: object, **kwargs: object) -> NoReturn:  # type: ignore[override]
+    def create_message(self, *args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError
 
     def send_and_receive(self, messages: object, *, timeout: float | None = None) -> NoReturn:

@@ -59,6 +59,9 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 def _summary(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((path / "summary.json").read_text())
+    for one in (content[key] for key in ("initial", "last", "best")):
+        for split in ("validation", "test"):
+            one[split].pop("clients", None)  # a server writes them with flower.metrics: per-client only
     return {key: content[key] for key in ("initial", "last", "best")}
 
 

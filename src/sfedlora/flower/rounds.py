@@ -106,8 +106,8 @@ class Rounds:
         self._directory.write_summary(
             {
                 "initial": progress["initial"],
-                "last": {"round_num": state.round_num, **means_by_split(last)},
-                "best": {"round_num": best_round or state.round_num, **means_by_split(best)},
+                "last": {"round_num": state.round_num, **means_by_split(self._server, last)},
+                "best": {"round_num": best_round or state.round_num, **means_by_split(self._server, best)},
                 "store_bytes": 0,
             }
         )
@@ -139,7 +139,7 @@ class Rounds:
         if state.round_num:
             progress = self._completed(progress, results["validation"])
         else:
-            progress = {**progress, "initial": means_by_split(results)}
+            progress = {**progress, "initial": means_by_split(self._server, results)}
 
         clock = time.perf_counter()
         excluded = {client_id: reason for client_id, reason in answers.failed.items() if client_id in cohort}

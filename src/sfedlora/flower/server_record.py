@@ -92,12 +92,18 @@ def evaluation_results(replies: Mapping[str, RoundReply], split: Split) -> dict[
     return results
 
 
-def means_by_split(results: Mapping[Split, Mapping[str, EvalResult]]) -> dict[str, Any]:
-    """Split -> weighted and unweighted means over sites."""
-    return {
+def means_by_split(
+    server: PreparedServer, results: Mapping[Split, Mapping[str, EvalResult]]
+) -> dict[str, dict[str, Any]]:
+    """Split -> weighted and unweighted means over sites, and what each measured if that may be recorded."""
+    means: dict[str, dict[str, Any]] = {
         split: {"weighted": mean_results(own, weighted=True), "unweighted": mean_results(own, weighted=False)}
         for split, own in results.items()
     }
+    if server.config.flower.metrics == "per-client":
+        for split, own in results.items():
+            means[split]["clients"] = {client_id: result.metrics() for client_id, result in own.items()}
+    return means
 
 
 def describe(record: Mapping[str, Any], num_rounds: int) -> str:
