@@ -31,7 +31,23 @@ def init(
     from sfedlora.flower.app_files import write_app
 
     write_app(folder, checked)
-    typer.echo(f"written: {folder}; next: cd {folder} && . ./env.sh && flwr run app simulation --stream")
+    typer.echo(f"written: {folder}; next: sfedlora flower run {folder}")
+
+
+@app.command("run")
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `sfedlora flower init` wrote.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over run.yaml.")
+    ] = None,
+    link: Annotated[str, typer.Option(help="A name in home/config.toml: simulation, loopback, sites.")] = "simulation",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last complete round.")] = False,
+) -> None:
+    """Run a written app with Flower and follow it: `flwr run`, with an exit code that says how the run ended."""
+    _require_flower()
+    from sfedlora.flower.launch import launch
+
+    launch(folder, link, overrides or [], resume=resume)
 
 
 @app.command("test-certificates")
