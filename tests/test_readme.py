@@ -16,7 +16,7 @@ NOT_RUN = {
     "python3 -m venv .venv": "installation; the continuous integration does it with the same constraints",
     "make demo": "downloads a model and takes minutes",
     "sfedlora demo --quick": "runs in tests/test_demo.py",
-    "pip install -c constraints.txt torch==2.13.0 '.[flower]'": "installs; tests/flower/test_simulation.py runs the rest",
+    "pip install -c constraints.txt": "installs; tests/flower/test_simulation.py runs the rest",
     "make test": "is the command that runs this test",
     "@article": "a citation",
     "argv + run.yaml": "a diagram",

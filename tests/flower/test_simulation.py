@@ -1,4 +1,4 @@
-"""The README's commands: an app is written and played by Flower's simulation engine, with the bytes of `sfedlora run`."""
+"""The README's commands: an app is written and played by Flower's simulation, with the bytes of `sfedlora run`."""
 
 from __future__ import annotations
 

@@ -197,12 +197,19 @@ class Rounds:
 
     def _ask(self, state: ServerState, tasks: Sequence[Task], spool: Spool) -> _Answers:
         by_client = {task.client_id: task for task in tasks}
-        requests = {client_id: request_of(self._server, state, task) for client_id, task in by_client.items()}
-        bytes_up, bytes_down = 0, sum(len(request.data) for request in requests.values())
+        bytes_up = bytes_down = 0
+
+        def request_for(client_id: str) -> Envelope:
+            nonlocal bytes_down
+            request = request_of(self._server, state, by_client[client_id])
+            bytes_down += len(request.data)
+            return request
+
+        seconds = self._flower.round_deadline_seconds
         replies: dict[str, RoundReply] = {}
         updates: dict[str, Tensors] = {}
         failed: dict[str, str] = {}
-        for client_id, answer in self._sites.ask(requests, seconds=self._flower.round_deadline_seconds):
+        for client_id, answer in self._sites.ask(by_client, request_for, seconds=seconds):
             try:
                 reply, tensors = open_reply(self._server, state, by_client[client_id], answer)
             except MessageError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -106,19 +106,23 @@ class Sites:
         if new:
             self._greetings |= self._exchange.push("hello", dict.fromkeys(sorted(new), self._hello), seconds=seconds)
 
-    def ask(self, requests: Mapping[str, Envelope], *, seconds: float) -> Iterator[tuple[str, Envelope | Lost]]:
+    def ask(
+        self, client_ids: Collection[str], request_for: Callable[[str], Envelope], *, seconds: float
+    ) -> Iterator[tuple[str, Envelope | Lost]]:
         """Ask clients and yield every answer as it comes, then `Lost` for those that did not answer in time.
 
-        New nodes are greeted meanwhile; they take part from the next round on.
+        Requests are made one after the other, answers pulled one after the other: memory holds one of them. New nodes
+        are greeted meanwhile; they take part from the next round on.
         """
         end = time.monotonic() + seconds
         here = set(self.connected())
-        for client_id in sorted(requests.keys() - here):
+        for client_id in sorted({*client_ids} - here):
             yield client_id, Lost(NOT_CONNECTED)
         open_messages: dict[str, str] = {}
-        for client_id in sorted(requests.keys() & here):
+        for client_id in sorted({*client_ids} & here):
             node = self._node_of[client_id]
-            open_messages[client_id] = self._exchange.push("round", {node: requests[client_id]}, seconds=seconds)[node]
+            sent = self._exchange.push("round", {node: request_for(client_id)}, seconds=seconds)
+            open_messages[client_id] = sent[node]
         self.greet(seconds=seconds)
         while open_messages and time.monotonic() < end:
             self._hear()
