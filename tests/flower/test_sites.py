@@ -36,7 +36,7 @@ class Scene:
         return self.sites.connected()
 
     def ask(self, *client_ids: str, seconds: float = 5.0) -> dict[str, Envelope | Lost]:
-        return dict(self.sites.ask(dict.fromkeys(client_ids, Envelope("question")), seconds=seconds))
+        return dict(self.sites.ask(client_ids, lambda _: Envelope("question"), seconds=seconds))
 
     def num_greetings(self) -> int:
         return sum(envelope is HELLO for _, _, envelope in self.exchange.sent)
