@@ -17,7 +17,7 @@ from sfedlora.artifacts import CheckpointWriter, RunDirectory
 from sfedlora.errors import ConfigError, InputError
 from sfedlora.flower import rounds
 from sfedlora.flower.envelope import Envelope
-from sfedlora.flower.exchange import Kind, Lost
+from sfedlora.flower.exchange import Lost
 from sfedlora.flower.server import serve
 
 SECONDS = {"train_seconds", "aggregate_seconds", "eval_seconds"}
@@ -49,16 +49,9 @@ class Doom:
 
 @dataclass
 class DoomedExchange(LocalExchange):
-    """An exchange that ends the server after the push or the pull of a message that trains."""
+    """An exchange that ends the server after an answer."""
 
-    push_doom: Doom | None = None
     pull_doom: Doom | None = None
-
-    def push(self, kind: Kind, messages: Any, *, seconds: float) -> dict[int, str]:
-        ids = super().push(kind, messages, seconds=seconds)
-        if self.push_doom is not None:
-            self.push_doom.strike()
-        return ids
 
     def pull(self, message_id: str) -> Envelope | Lost | None:
         answer = super().pull(message_id)
@@ -122,7 +115,7 @@ def _requests(exchange: LocalExchange) -> list[dict[str, Any]]:
     return [one for one in found if one["kind"] == "round"]
 
 
-@pytest.mark.parametrize("at", [3, 4, 6, 7, 8, 10, 11, 12])
+@pytest.mark.parametrize("at", [4, 7, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 6, 8, 10, 11, 12))])
 def test_a_server_that_ends_after_an_answer_goes_on(at: int, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Two sites: pulls 1 and 2 are greetings, then two for each of four rounds, two or four for the evaluation."""
     assert undisturbed.num_pulls >= 12
@@ -163,7 +156,10 @@ def _doomed(call: Callable[..., Any], doom: Doom, *, before: bool) -> Callable[.
     return act
 
 
-@pytest.mark.parametrize("place", PLACES)
+QUICK = ("between line and checkpoint", "before the checkpoint of round 3", "before the summary")
+
+
+@pytest.mark.parametrize("place", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in PLACES])
 def test_a_server_that_ends_between_two_writes_goes_on(
     place: str, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,13 +195,10 @@ def test_a_finished_run_is_left_as_it_is(undisturbed: Undisturbed, tmp_path: Pat
     assert "finished already" in lines[0]
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_server_that_ends_in_the_greeting_has_begun_nothing(
-    at: int, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
+def test_a_server_that_ends_in_the_greeting_has_begun_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
     config = _config(tmp_path)
     with pytest.raises(Killed):
-        _serve(config, _exchange(config, tmp_path, pull_doom=Doom(at)))
+        _serve(config, _exchange(config, tmp_path, pull_doom=Doom(2)))
     with pytest.raises(InputError, match="no run directory"):
         _serve(config, _exchange(config, tmp_path), resume=True)
     _serve(config, _exchange(config, tmp_path))

@@ -107,7 +107,10 @@ PRIVATE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PRIVATE)
+SLOW = ("sfed", "local-init")
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow if one in SLOW else ()) for one in PRIVATE])
 def test_nothing_that_a_site_keeps_is_in_any_message(name: str, tmp_path: Path) -> None:
     config = small_config(tmp_path, flower__metrics="per-client", **PRIVATE[name])
     exchange = exchange_of(config, small_files(tmp_path), tmp_path / "sites")
