@@ -137,10 +137,10 @@ class Site:
             raise MessageError(f"a message for federation {request.federation_id!r}; this site belongs to another")
         if request.client_id != client_id:
             raise MessageError(f"a message for client {request.client_id!r}; this site is {client_id!r}")
+        self._require_sound(request)
         store = SiteStore.at(self._settings.state_dir, request.federation_id, client_id)
         if request.personal_round and request.personal_round not in store.rounds():
             raise _LostStateError
-        self._require_sound(request)
         tensors = open_tensors(envelope, request.layout, None)
         federation = self._adapted(request)
         state = _state_of(federation, request, tensors, store)
