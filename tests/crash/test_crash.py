@@ -1,4 +1,7 @@
-"""A fixed sample of the crash tests: killed anywhere, a run ends with the bytes of one that was not (`make test-crash`)."""
+"""A fixed sample of the crash tests: killed anywhere, a run ends with the bytes of one that was not.
+
+All of them: `make test-crash`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ SAMPLES = {
 def test_a_sample_of_faults_loses_nothing(scene: str, tmp_path: Path) -> None:
     assert KILLED == -9
     report = tmp_path / "report.json"
-    command = [sys.executable, RUN, "--scene", scene, *SAMPLES[scene], "--report", report]
+    command = [sys.executable, str(RUN), "--scene", scene, *SAMPLES[scene], "--report", str(report)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     counts = json.loads(report.read_text(encoding="utf-8"))
