@@ -13,13 +13,15 @@ HUTTO := $(DATA)/hutto_ICWSM_2014.tar.gz
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help bench demo demo-sentiment test test-slow test-browser lint types docs format clean
+.PHONY: help bench demo demo-sentiment test test-slow test-browser test-crash test-minimum fuzz lint types docs format clean
 
 help:
 	@echo "make demo            fine-tune SmolLM2-135M across clients on real text, compare scaling rules"
 	@echo "make demo-sentiment  the same with MiniLM on sentiment sentences"
 	@echo "make test            run the fast tests      make test-slow   the slow ones"
 	@echo "make test-browser    look at the report with Chromium, where there is one"
+	@echo "make test-crash      kill runs at every operation, resume, compare (hours)      make fuzz   fuzz every parser"
+	@echo "make test-minimum    the oldest versions of the dependencies that are allowed"
 	@echo "make bench           measure speed and memory against the bars (BENCH=--whole: on SmolLM2 too)"
 	@echo "make lint types docs check style, layers, types, documentation"
 
@@ -81,6 +83,23 @@ test-slow: $(VENV)/.dev $(VENV)/.chat $(VENV)/.chitchat $(VENV)/.minilm $(HUTTO)
 
 test-browser: $(VENV)/.dev
 	$(BIN)/python -m pytest -m browser
+
+# Everything; a part of it: make test-crash CRASH="--share 0.3 --power-share 0.15 --random-times 6"
+CRASH ?= --random-times 16
+test-crash: $(VENV)/.dev
+	$(BIN)/python tests/crash/run.py $(CRASH)
+
+# Each parser for so many seconds; what is new goes to .fuzz/found, what crashes to .fuzz/crashes.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/.dev
+	$(INSTALL) 'atheris>=3.0'
+	for target in config examples parquet adapter checkpoint; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run_fuzzer.py $$target $(FUZZ_SECONDS) --max-length 8192 \
+	    --found .fuzz/found/$$target --crashes .fuzz/crashes || exit 1; \
+	done
+
+test-minimum:
+	$(PYTHON) scripts/test_minimum.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

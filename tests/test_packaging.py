@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "src" / "sfedlora" / "assets"
-EXTRAS = ("flower", "ray", "gguf", "report", "privacy", "trackers", "quantization", "dev", "docs")
+EXTRAS = ("flower", "ray", "gguf", "report", "privacy", "trackers", "quantization", "dev", "fuzz", "docs")
 
 
 def project() -> dict[str, Any]:

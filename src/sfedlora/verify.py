@@ -76,6 +76,7 @@ def verify_round(run_dir: Path, round_num: int | None = None) -> Verdict:
         StorageError: a file is damaged.
     """
     directory = RunDirectory.open(run_dir)
+    directory.check_usable()
     chosen = _chosen(directory, round_num)
     lines = {record["round_num"]: record for record in directory.metrics()}
     if chosen not in lines:

@@ -63,7 +63,7 @@ class _PowerLoss:
             size, is_new = os.fstat(args[1]).st_size, len(args[2]) > 0 and os.fstat(args[1]).st_size == 0
             if is_new:
                 self.pending.append(("create", path, None, None))
-            self.unfinished = lambda: self.dirty.setdefault(path, size) and None
+            self.unfinished = lambda: self._written(path, size)
         elif operation == "sync":
             self.unfinished = lambda: self._synced(path)
         elif operation == "mkdir":
@@ -96,6 +96,9 @@ class _PowerLoss:
                 path.mkdir()
             elif backup is not None:
                 os.link(backup, path)
+
+    def _written(self, path: Path, size_before: int) -> None:
+        self.dirty.setdefault(path, size_before)
 
     def _synced(self, path: Path) -> None:
         if path.is_dir():

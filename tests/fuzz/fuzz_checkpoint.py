@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,7 +94,7 @@ def _directory() -> RunDirectory:
         {"base_model": {"sha256": ""}, "scaling": scaling, "external_sha256": {}, "format_version": 1},
     )
     write_json(directory.path / "partition.json", {"source_sha256": "", "clients": {}})
-    means = {split: {"weighted": {}, "unweighted": {}} for split in ("validation", "test")}
+    means: dict[str, Any] = {split: {"weighted": {}, "unweighted": {}} for split in ("validation", "test")}
     last = {"round_num": 1, **means}
     directory.write_summary({"initial": means, "last": last, "best": last, "store_bytes": 1})
     return directory

@@ -80,7 +80,8 @@ def remove(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a folder with all in it, or as much as can be removed. Links are removed, not followed."""
-    for folder, folders, files in os.walk(path, topdown=False):
+    walked = () if path.is_symlink() else os.walk(path, topdown=False)  # walk itself follows the first link
+    for folder, folders, files in walked:
         for name in (*files, *folders):
             _try_to_remove(Path(folder, name))
     _try_to_remove(path)

@@ -1,0 +1,36 @@
+"""A fixed sample of the crash tests: killed anywhere, a run ends with the bytes of one that was not.
+
+All of them: `make test-crash`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crash.harness import KILLED
+
+RUN = Path(__file__).with_name("run.py")
+SAMPLES = {
+    "fedsa, serial, kept moments": ["--share", "0.04", "--power-share", "0.02"],
+    "flora, stacks": ["--share", "0.03", "--power-share", "0.02", "--random-times", "1"],
+}
+
+
+@pytest.mark.parametrize("scene", SAMPLES)
+def test_a_sample_of_faults_loses_nothing(scene: str, tmp_path: Path) -> None:
+    assert KILLED == -9
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(RUN), "--scene", scene, *SAMPLES[scene], "--report", str(report)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    counts = json.loads(report.read_text(encoding="utf-8"))
+    assert counts["mismatches"] == []
+    assert counts["fault_points"] > 100
+    assert counts["kills"] >= 5
+    assert counts["power_losses"] >= 1
+    assert counts["resumes"] == counts["faults_tried"]
