@@ -20,7 +20,7 @@ from sfedlora.federation.robust import RobustRule, krum, robust_mean, squared_di
 from sfedlora.federation.server_optimizer import ServerOptimizer
 from sfedlora.federation.server_step import ServerRules, server_step, server_step_with_record
 from sfedlora.methods import METHODS, make_method
-from sfedlora.types import LoraSize, LoraSizes, ServerState, Tensors, Update, select_parts
+from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, Update, select_parts
 
 Dense = NDArray[np.float64]
 
@@ -157,7 +157,7 @@ def test_krum_steps_as_if_the_chosen_client_were_alone(method: str) -> None:
 def test_of_two_as_near_the_first_by_client_id_is_taken() -> None:
     one = updates_of("fedsa", 1)[0]
     updates = [replace(one, client_id=client_id) for client_id in ("d", "b", "a", "c", "e")]
-    assert krum(RobustRule("krum", 1), select_parts(state_of().shared, ["a"]), updates, SIZES).client_id == "a"
+    assert krum(RobustRule("krum", 1), select_parts(state_of().shared, [Part.A]), updates, SIZES).client_id == "a"
 
 
 def test_one_enormous_update_does_not_blur_the_distances_of_the_others() -> None:
@@ -165,7 +165,7 @@ def test_one_enormous_update_does_not_blur_the_distances_of_the_others() -> None
     updates = updates_of("fedsa", 7)
     spoiled = [*updates[:6], hostile(updates[6], 1e30)]
     rule = RobustRule("krum", 2)
-    before = select_parts(state_of().shared, ["a"])
+    before = select_parts(state_of().shared, [Part.A])
     assert krum(rule, before, spoiled, SIZES).client_id == brute_force_krum(spoiled, 2)
 
 
