@@ -104,6 +104,20 @@ def test_krum_names_the_client_it_took(tmp_path: Path) -> None:
     assert result.summary["last"]["validation"]["weighted"]["eval_loss"] < 10
 
 
+def test_example_level_privacy_states_what_an_example_spends(config: Path, tmp_path: Path) -> None:
+    examples = ["privacy.example_clip_norm=0.1", "privacy.example_noise_multiplier=3", "privacy.noise=seeded"]
+    result = run(RunConfig.load(config, [*examples, "rounds.num_rounds=2", "clients_per_batch=auto"]))
+    resolved = RunConfig.load(tmp_path / "run" / "config.yaml")
+    assert (resolved.runner, resolved.clients_per_batch) == ("serial", 1)
+    spent = [record["example_privacy"]["epsilon"] for record in result.metrics]
+    assert 0 < spent[0] < spent[1]
+    assert result.summary["example_privacy"] == result.metrics[-1]["example_privacy"]
+    assert "privacy" not in result.metrics[0]
+    again = run(RunConfig.load(config, [*examples, "rounds.num_rounds=2", f"output={tmp_path / 'again'}"]))
+    assert same(tmp_path / "run", tmp_path / "again")
+    assert again.metrics[0]["train_loss"] == result.metrics[0]["train_loss"]
+
+
 LEAST: dict[str, Any] = {
     "model": {"source": "m"},
     "data": {"source": "d"},
@@ -112,6 +126,7 @@ LEAST: dict[str, Any] = {
 }
 CENTRAL = {"mode": "central", "clip_norm": 1.0, "noise_multiplier": 1.0}
 LOCAL = {**CENTRAL, "mode": "local"}
+EXAMPLES = {"example_clip_norm": 1.0, "example_noise_multiplier": 1.0}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights by examples": ({"privacy": CENTRAL, "rounds": {}}, "rounds.weighting: uniform"),
     "local, weights by examples": ({"privacy": LOCAL, "rounds": {}}, "rounds.weighting: uniform"),
@@ -126,6 +141,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "delta 0": ({"privacy": {**CENTRAL, "delta": 0.0}}, "delta"),
     "delta 1": ({"privacy": {**CENTRAL, "delta": 1.0}}, "delta"),
     "keys without a mode": ({"privacy": {"clip_norm": 1.0}}, "not used by mode: none"),
+    "half of example-level privacy": ({"privacy": {"example_clip_norm": 1.0}}, "give both of example_clip_norm"),
+    "examples twice in a step": ({"privacy": EXAMPLES, "local": {"accumulation": 2}}, "local.accumulation: 1"),
+    "examples of several clients": ({"privacy": EXAMPLES, "runner": "batched"}, "one client at a time"),
+    "examples, several ranks": (
+        {"privacy": EXAMPLES, "lora": {"rank": [4, 8], "rank_assignment": "drawn"}},
+        "one rank for all clients",
+    ),
     "median and central noise": ({"robust": "median", "privacy": CENTRAL}, "cannot go with privacy.mode: central"),
     "krum and central noise": (
         {"robust": "krum", "robust_attackers": 2, "privacy": CENTRAL},
@@ -167,6 +189,8 @@ def test_what_makes_no_sense_is_refused_in_one_message(case: str) -> None:
         {"robust": "trimmed_mean", "robust_attackers": 4},
         {"robust": "krum", "robust_attackers": 3, "method": {"name": "flora"}},
         {"robust": "median", "privacy": LOCAL},
+        {"privacy": EXAMPLES, "method": {"name": "local"}, "rounds": {}},
+        {"privacy": {**CENTRAL, **EXAMPLES}},
         {"privacy": LOCAL, "lora": {"rank": [4, 8], "rank_assignment": "drawn"}},
         {"privacy": CENTRAL, "rounds": {"weighting": "uniform", "server_optimizer": "fedadam"}},
     ],

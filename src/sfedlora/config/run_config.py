@@ -198,6 +198,17 @@ class RunConfig(Section):
         refusal = why_refused(protection)
         if refusal is not None:
             raise ValueError(refusal)
+        if self.privacy.example_clip_norm is None:
+            return
+        if self.local.accumulation != 1:
+            raise ValueError(
+                f"privacy.example_clip_norm: needs local.accumulation: 1, so that an example is in a step once, got "
+                f"{self.local.accumulation}; raise local.batch_size instead, examples are computed one by one anyway"
+            )
+        if self.runner == "batched" or self.clients_per_batch not in ("auto", 1):
+            raise ValueError("privacy.example_clip_norm: trains one client at a time; use runner: serial or auto")
+        if protection.several_ranks:
+            raise ValueError("privacy.example_clip_norm: needs one rank for all clients; give one number in lora.rank")
 
     def _check_ranks(self, method: Method) -> None:
         """A list of ranks fits the clients and the method."""

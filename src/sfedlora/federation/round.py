@@ -21,6 +21,7 @@ from sfedlora.federation.evaluate import EvalResult, mean_results
 from sfedlora.federation.record import (
     client_records,
     evaluation_record,
+    example_privacy_record,
     privacy_record,
     scaling_record,
     training_record,
@@ -245,7 +246,16 @@ def _make_work(federation: Federation, state: FederationState, client_id: str) -
         optimizer_state=state.optimizer.get(client_id, {}),
         anchored=federation.method.shared_parts(round_num),
         base_deltas=select_deltas(state.server.extra),
+        noise_key=_training_key(federation, state, client_id),
     )
+
+
+def _training_key(federation: Federation, state: FederationState, client_id: str) -> bytes:
+    """The key of a client's noise on gradients in the round after `state`; empty without example-level privacy."""
+    privacy = federation.rounds.example_privacy
+    if privacy is None:
+        return b""
+    return derive_key(noise_key(privacy, state.server), "training", client_id, state.server.round_num + 1)
 
 
 def _server_step(
@@ -268,11 +278,16 @@ def _server_step(
     for client_id in refused:
         del outcomes[client_id]
     server, record = server_step_with_record(rules, state.server, updates, excluded)
-    if rules.privacy is not None:
-        clip_fraction = rules.privacy.clip_fraction(norms) if norms else record.pop("clip_fraction", None)
-        everybody, cohort_size = list(federation.participants), federation.rounds.cohort_size
-        most = most_rounds(everybody, cohort_size, seed=federation.seed, num_rounds=round_num)
-        record |= privacy_record(rules.privacy, num_rounds=round_num, most_rounds=most, clip_fraction=clip_fraction)
+    settings = federation.rounds
+    if settings.privacy is not None or settings.example_privacy is not None:
+        clip_fraction = record.pop("clip_fraction", None)
+        if settings.privacy is not None and norms:
+            clip_fraction = settings.privacy.clip_fraction(norms)
+        everybody = list(federation.participants)
+        most = most_rounds(everybody, settings.cohort_size, seed=federation.seed, num_rounds=round_num)
+        record |= privacy_record(
+            settings.privacy, num_rounds=round_num, most_rounds=most, clip_fraction=clip_fraction
+        ) | example_privacy_record(settings.example_privacy, num_steps=most * settings.most_uses)
     return with_outcomes(federation, replace(state, server=server), outcomes), updates, record
 
 

@@ -17,9 +17,10 @@ import importlib.util
 import math
 
 from sfedlora.errors import ConfigError
+from sfedlora.privacy.examples import ExamplePrivacy
 from sfedlora.privacy.mechanism import Privacy
 
-__all__ = ["epsilon_after", "epsilon_of_rounds", "require_accounting"]
+__all__ = ["epsilon_after", "epsilon_of_rounds", "epsilon_of_steps", "require_accounting"]
 
 
 def require_accounting() -> None:
@@ -52,8 +53,15 @@ def epsilon_of_rounds(privacy: Privacy, num_rounds: int) -> float | None:
     return _epsilon(dp_accounting.GaussianDpEvent(_multiplier(privacy)), num_rounds, privacy.delta)
 
 
-def _multiplier(privacy: Privacy) -> float:
-    """Standard deviation of the noise over what one replaced client can move."""
+def epsilon_of_steps(privacy: ExamplePrivacy, num_steps: int) -> float | None:
+    """Epsilon at the run's delta of an example that was in so many optimizer steps."""
+    import dp_accounting
+
+    return _epsilon(dp_accounting.GaussianDpEvent(_multiplier(privacy)), num_steps, privacy.delta)
+
+
+def _multiplier(privacy: Privacy | ExamplePrivacy) -> float:
+    """Standard deviation of the noise over what one replaced client or example can move."""
     return privacy.noise_multiplier / 2
 
 

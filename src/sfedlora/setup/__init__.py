@@ -30,6 +30,7 @@ from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.lora.targets import find_head_modules, find_targets
 from sfedlora.methods import Method, make_method
 from sfedlora.privacy.accounting import require_accounting
+from sfedlora.privacy.examples import ExamplePrivacy, most_uses
 from sfedlora.privacy.mechanism import Privacy
 from sfedlora.seeds import derive_seed
 from sfedlora.setup.adapter import (
@@ -175,6 +176,7 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
         max_grad_norm=local.max_grad_norm,
         keep_optimizer_state=local.optimizer_state == "keep",
         proximal_mu=rounds.proximal_mu,
+        example_privacy=_example_privacy(config),
     )
     pad_token_id = base.tokenizer.pad_token_id
     if not isinstance(pad_token_id, int):
@@ -206,6 +208,8 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
             server_optimizer=_server_optimizer(config),
             robust=None if config.robust == "none" else RobustRule(config.robust, config.robust_attackers or 0),
             privacy=_privacy(config, len(splits)),
+            example_privacy=training.example_privacy,
+            most_uses=_most_uses(training, participants),
         ),
         seed=config.seed,
     )
@@ -245,6 +249,27 @@ def _privacy(config: RunConfig, num_clients: int) -> Privacy | None:
         num_clients=num_clients,
         cohort_size=config.rounds.cohort_size or num_clients,
         noise_seed=derive_seed(config.seed, "privacy noise") if section.noise == "seeded" else None,
+    )
+
+
+def _example_privacy(config: RunConfig) -> ExamplePrivacy | None:
+    section = config.privacy
+    if section.example_clip_norm is None or section.example_noise_multiplier is None:
+        return None
+    require_accounting()
+    seed = derive_seed(config.seed, "privacy noise") if section.noise == "seeded" else None
+    return ExamplePrivacy(section.example_clip_norm, section.example_noise_multiplier, section.delta, seed)
+
+
+def _most_uses(training: LocalTraining, participants: Mapping[str, Sequence[int]]) -> int:
+    return max(
+        most_uses(
+            len(rows),
+            batch_size=training.batch_size,
+            local_steps=training.local_steps,
+            local_epochs=training.local_epochs,
+        )
+        for rows in participants.values()
     )
 
 
