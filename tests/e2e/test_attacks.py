@@ -89,3 +89,15 @@ def minilm(sentences: Path, preset: str, robust: str) -> RunConfig:
         "threads": 1,
     }
     return RunConfig.from_mapping(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "robust"), RULES)
+def test_a_tenfold_opposite_update_on_minilm(preset: str, robust: str, sentences: Path) -> None:
+    attack = Attack(HOSTILE, -10.0)
+    clean = honest_accuracy(minilm(sentences, preset, "none"), None, HOSTILE)
+    mean = honest_accuracy(minilm(sentences, preset, "none"), attack, HOSTILE)
+    kept = honest_accuracy(minilm(sentences, preset, robust), attack, HOSTILE)
+    print(f"\n{preset}: clean {clean:.4f}, mean under attack {mean:.4f}, {robust} under attack {kept:.4f}")
+    assert mean <= clean - 0.10
+    assert kept >= clean - 0.02

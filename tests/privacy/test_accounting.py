@@ -100,6 +100,10 @@ def test_no_less_is_stated_than_a_real_pair_of_neighbours_costs(multiplier: floa
     assert float(optimize.brentq(excess, 1e-6, 50)) < found
 
 
+def test_drawing_nearly_everybody_costs_no_more_than_drawing_all() -> None:
+    assert spent(replace(PRIVACY, num_clients=11), 3) <= spent(PRIVACY, 3)
+
+
 def test_more_rounds_and_less_noise_cost_more() -> None:
     costs = [spent(PRIVACY, count) for count in (1, 2, 10)]
     assert costs == sorted(costs)

@@ -36,14 +36,18 @@ def require_accounting() -> None:
 def epsilon_after(privacy: Privacy, num_rounds: int) -> float | None:
     """Epsilon at the run's delta after some rounds of central privacy, for one who does not know the cohorts.
 
-    None where no finite number is known.
+    The bound for samples is loose where nearly everybody is drawn, and never more than that of taking part in every
+    round is stated. None where no finite number is known.
     """
     import dp_accounting
 
-    event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(_multiplier(privacy))
-    if privacy.cohort_size < privacy.num_clients:
-        event = dp_accounting.SampledWithoutReplacementDpEvent(privacy.num_clients, privacy.cohort_size, event)
-    return _epsilon(event, num_rounds, privacy.delta)
+    in_all = epsilon_of_rounds(privacy, num_rounds)
+    if privacy.cohort_size == privacy.num_clients:
+        return in_all
+    event = dp_accounting.GaussianDpEvent(_multiplier(privacy))
+    drawn = dp_accounting.SampledWithoutReplacementDpEvent(privacy.num_clients, privacy.cohort_size, event)
+    known = [epsilon for epsilon in (in_all, _epsilon(drawn, num_rounds, privacy.delta)) if epsilon is not None]
+    return min(known, default=None)
 
 
 def epsilon_of_rounds(privacy: Privacy, num_rounds: int) -> float | None:
