@@ -27,7 +27,8 @@ RULES = [("fedit", "krum"), ("sfed-lora", "trimmed_mean")]
 
 
 def overrides(robust: str) -> list[str]:
-    return [f"robust={robust}", *(["robust_attackers=2"] if robust != "none" else [])]
+    attackers = ["robust_attackers=2"] if robust != "none" else []
+    return [f"robust={robust}", *attackers, *(["robust_taken=8"] if robust == "krum" else [])]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,7 @@ def minilm(sentences: Path, preset: str, robust: str) -> RunConfig:
         "local": {"learning_rate": 2e-3, "local_steps": 5, "batch_size": 16},
         "robust": robust,
         "robust_attackers": None if robust == "none" else 2,
+        "robust_taken": 8 if robust == "krum" else None,
         "threads": 1,
     }
     return RunConfig.from_mapping(values)

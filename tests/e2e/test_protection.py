@@ -90,17 +90,18 @@ def test_a_robust_rule_learns_and_gives_another_adapter(overrides: list[str], co
     assert not same(tmp_path / "run", tmp_path / "plain")
 
 
-def test_krum_names_the_client_it_took(tmp_path: Path) -> None:
+@pytest.mark.parametrize("taken", [1, 3])
+def test_krum_names_the_clients_it_took(taken: int, tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "run.yaml",
         preset="fedit",
         partition={"scheme": "iid", "column": None, "num_clients": 5},
         output=str(tmp_path / "run"),
     )
-    result = run(RunConfig.load(config, ["robust=krum", "robust_attackers=1"]))
+    result = run(RunConfig.load(config, ["robust=krum", "robust_attackers=1", f"robust_taken={taken}"]))
     for record in result.metrics:
-        assert record["robust_selected"] in record["cohort"]
-        assert record["effective_cohort_size"] == 1
+        assert len(record["robust_selected"]) == record["effective_cohort_size"] == taken
+        assert {*record["robust_selected"]} < {*record["cohort"]}
     assert result.summary["last"]["validation"]["weighted"]["eval_loss"] < 10
 
 
@@ -166,6 +167,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attackers of a median": ({"robust": "median", "robust_attackers": 2}, "not used by robust: median"),
     "too many attackers": ({"robust": "trimmed_mean", "robust_attackers": 5}, "at least 11 clients in a round, got 10"),
     "too many for krum": ({"robust": "krum", "robust_attackers": 4}, "at least 11 clients in a round, got 10"),
+    "taking hostile ones": ({"robust": "krum", "robust_attackers": 2, "robust_taken": 9}, "at most 8"),
+    "taking by a median": ({"robust": "median", "robust_taken": 2}, "robust: krum alone"),
     "too small a cohort": (
         {"robust": "krum", "robust_attackers": 1, "rounds": {"cohort_size": 4}},
         "at least 5 clients in a round, got 4",

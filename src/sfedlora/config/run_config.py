@@ -73,6 +73,9 @@ class RunConfig(Section):
     counts the same."""
     robust_attackers: Count | None = None
     """Hostile clients in a round that trimmed_mean and krum withstand; a cohort needs more than twice as many."""
+    robust_taken: Count | None = None
+    """Updates that krum takes, the nearest ones, into the method's own server step (Multi-Krum). null: one. More keep
+    more of what clients learn; the proof of Krum allows fewer than the cohort less 2 f + 2."""
     runner: Literal["auto", "serial", "batched"] = "auto"
     """How a cohort is executed on this machine. serial: one client after the other. batched: several clients in one
     forward pass over the shared base. auto: batched where `clients_per_batch` comes out above 1."""
@@ -193,6 +196,7 @@ class RunConfig(Section):
             init=init,
             several_ranks=not isinstance(rank, int) and len(set(rank)) > 1,
             attackers=self.robust_attackers,
+            taken=self.robust_taken,
             cohort_size=self.rounds.cohort_size or self.partition.num_clients,
         )
         refusal = why_refused(protection)

@@ -278,6 +278,8 @@ def _server_step(
     for client_id in refused:
         del outcomes[client_id]
     server, record = server_step_with_record(rules, state.server, updates, excluded)
+    if "robust_selected" in record:
+        record["effective_cohort_size"] = float(len(record["robust_selected"]))
     settings = federation.rounds
     if settings.privacy is not None or settings.example_privacy is not None:
         clip_fraction = record.pop("clip_fraction", None)
@@ -356,9 +358,8 @@ def _traffic_record(
     robust = federation.rounds.robust
     weighting = "uniform" if robust is not None else federation.rounds.weighting
     weights = client_weights({item.client_id: item.num_examples for item in updates}, weighting)
-    chooses_one = robust is not None and robust.name == "krum"
     return {
-        "effective_cohort_size": 1.0 if chooses_one else effective_clients(list(weights.values())),
+        "effective_cohort_size": effective_clients(list(weights.values())),
         "bytes_up": sum(num_bytes(update.tensors) for update in updates),
         "bytes_down": _bytes_down(federation, before, cohort),
     }

@@ -206,7 +206,7 @@ def _federation(  # noqa: PLR0917 - the parts of a federation, each made by a fu
             evaluate_every=config.evaluation.every,
             evaluated=_evaluated(config),
             server_optimizer=_server_optimizer(config),
-            robust=None if config.robust == "none" else RobustRule(config.robust, config.robust_attackers or 0),
+            robust=_robust_rule(config),
             privacy=_privacy(config, len(splits)),
             example_privacy=training.example_privacy,
             most_uses=_most_uses(training, participants),
@@ -234,6 +234,12 @@ def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
         rounds.server_beta2,
         rounds.server_tau,
     )
+
+
+def _robust_rule(config: RunConfig) -> RobustRule | None:
+    if config.robust == "none":
+        return None
+    return RobustRule(config.robust, config.robust_attackers or 0, config.robust_taken or 1)
 
 
 def _privacy(config: RunConfig, num_clients: int) -> Privacy | None:
