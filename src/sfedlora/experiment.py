@@ -361,8 +361,7 @@ def _finish(
         "best": {"round_num": last_round if best_round is None else best_round, **best},
         "store_bytes": directory.checkpoints.client_bytes(),
     }
-    if federation.rounds.privacy is not None:
-        summary["privacy"] = directory.metrics()[-1]["privacy"]
+    summary |= {key: value for key, value in directory.metrics()[-1].items() if key in ("privacy", "example_privacy")}
     directory.write_summary(summary)
     yield RunResult(directory.path, directory.summary(), tuple(directory.metrics()))
 

@@ -27,7 +27,8 @@ RULES = [("fedit", "krum"), ("sfed-lora", "trimmed_mean")]
 
 
 def overrides(robust: str) -> list[str]:
-    return [f"robust={robust}", *(["robust_attackers=2"] if robust != "none" else [])]
+    attackers = ["robust_attackers=2"] if robust != "none" else []
+    return [f"robust={robust}", *attackers, *(["robust_taken=8"] if robust == "krum" else [])]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,19 @@ def minilm(sentences: Path, preset: str, robust: str) -> RunConfig:
         "local": {"learning_rate": 2e-3, "local_steps": 5, "batch_size": 16},
         "robust": robust,
         "robust_attackers": None if robust == "none" else 2,
+        "robust_taken": 8 if robust == "krum" else None,
         "threads": 1,
     }
     return RunConfig.from_mapping(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "robust"), RULES)
+def test_a_tenfold_opposite_update_on_minilm(preset: str, robust: str, sentences: Path) -> None:
+    attack = Attack(HOSTILE, -10.0)
+    clean = honest_accuracy(minilm(sentences, preset, "none"), None, HOSTILE)
+    mean = honest_accuracy(minilm(sentences, preset, "none"), attack, HOSTILE)
+    kept = honest_accuracy(minilm(sentences, preset, robust), attack, HOSTILE)
+    print(f"\n{preset}: clean {clean:.4f}, mean under attack {mean:.4f}, {robust} under attack {kept:.4f}")
+    assert mean <= clean - 0.10
+    assert kept >= clean - 0.02

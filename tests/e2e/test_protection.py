@@ -90,18 +90,33 @@ def test_a_robust_rule_learns_and_gives_another_adapter(overrides: list[str], co
     assert not same(tmp_path / "run", tmp_path / "plain")
 
 
-def test_krum_names_the_client_it_took(tmp_path: Path) -> None:
+@pytest.mark.parametrize("taken", [1, 3])
+def test_krum_names_the_clients_it_took(taken: int, tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "run.yaml",
         preset="fedit",
         partition={"scheme": "iid", "column": None, "num_clients": 5},
         output=str(tmp_path / "run"),
     )
-    result = run(RunConfig.load(config, ["robust=krum", "robust_attackers=1"]))
+    result = run(RunConfig.load(config, ["robust=krum", "robust_attackers=1", f"robust_taken={taken}"]))
     for record in result.metrics:
-        assert record["robust_selected"] in record["cohort"]
-        assert record["effective_cohort_size"] == 1
+        assert len(record["robust_selected"]) == record["effective_cohort_size"] == taken
+        assert {*record["robust_selected"]} < {*record["cohort"]}
     assert result.summary["last"]["validation"]["weighted"]["eval_loss"] < 10
+
+
+def test_example_level_privacy_states_what_an_example_spends(config: Path, tmp_path: Path) -> None:
+    examples = ["privacy.example_clip_norm=0.1", "privacy.example_noise_multiplier=3", "privacy.noise=seeded"]
+    result = run(RunConfig.load(config, [*examples, "rounds.num_rounds=2", "clients_per_batch=auto"]))
+    resolved = RunConfig.load(tmp_path / "run" / "config.yaml")
+    assert (resolved.runner, resolved.clients_per_batch) == ("serial", 1)
+    spent = [record["example_privacy"]["epsilon"] for record in result.metrics]
+    assert 0 < spent[0] < spent[1]
+    assert result.summary["example_privacy"] == result.metrics[-1]["example_privacy"]
+    assert "privacy" not in result.metrics[0]
+    again = run(RunConfig.load(config, [*examples, "rounds.num_rounds=2", f"output={tmp_path / 'again'}"]))
+    assert same(tmp_path / "run", tmp_path / "again")
+    assert again.metrics[0]["train_loss"] == result.metrics[0]["train_loss"]
 
 
 LEAST: dict[str, Any] = {
@@ -112,6 +127,7 @@ LEAST: dict[str, Any] = {
 }
 CENTRAL = {"mode": "central", "clip_norm": 1.0, "noise_multiplier": 1.0}
 LOCAL = {**CENTRAL, "mode": "local"}
+EXAMPLES = {"example_clip_norm": 1.0, "example_noise_multiplier": 1.0}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights by examples": ({"privacy": CENTRAL, "rounds": {}}, "rounds.weighting: uniform"),
     "local, weights by examples": ({"privacy": LOCAL, "rounds": {}}, "rounds.weighting: uniform"),
@@ -126,6 +142,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "delta 0": ({"privacy": {**CENTRAL, "delta": 0.0}}, "delta"),
     "delta 1": ({"privacy": {**CENTRAL, "delta": 1.0}}, "delta"),
     "keys without a mode": ({"privacy": {"clip_norm": 1.0}}, "not used by mode: none"),
+    "half of example-level privacy": ({"privacy": {"example_clip_norm": 1.0}}, "give both of example_clip_norm"),
+    "examples twice in a step": ({"privacy": EXAMPLES, "local": {"accumulation": 2}}, "local.accumulation: 1"),
+    "examples of several clients": ({"privacy": EXAMPLES, "runner": "batched"}, "one client at a time"),
+    "examples, several ranks": (
+        {"privacy": EXAMPLES, "lora": {"rank": [4, 8], "rank_assignment": "drawn"}},
+        "one rank for all clients",
+    ),
     "median and central noise": ({"robust": "median", "privacy": CENTRAL}, "cannot go with privacy.mode: central"),
     "krum and central noise": (
         {"robust": "krum", "robust_attackers": 2, "privacy": CENTRAL},
@@ -144,6 +167,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attackers of a median": ({"robust": "median", "robust_attackers": 2}, "not used by robust: median"),
     "too many attackers": ({"robust": "trimmed_mean", "robust_attackers": 5}, "at least 11 clients in a round, got 10"),
     "too many for krum": ({"robust": "krum", "robust_attackers": 4}, "at least 11 clients in a round, got 10"),
+    "taking hostile ones": ({"robust": "krum", "robust_attackers": 2, "robust_taken": 9}, "at most 8"),
+    "taking by a median": ({"robust": "median", "robust_taken": 2}, "robust: krum alone"),
     "too small a cohort": (
         {"robust": "krum", "robust_attackers": 1, "rounds": {"cohort_size": 4}},
         "at least 5 clients in a round, got 4",
@@ -167,6 +192,8 @@ def test_what_makes_no_sense_is_refused_in_one_message(case: str) -> None:
         {"robust": "trimmed_mean", "robust_attackers": 4},
         {"robust": "krum", "robust_attackers": 3, "method": {"name": "flora"}},
         {"robust": "median", "privacy": LOCAL},
+        {"privacy": EXAMPLES, "method": {"name": "local"}, "rounds": {}},
+        {"privacy": {**CENTRAL, **EXAMPLES}},
         {"privacy": LOCAL, "lora": {"rank": [4, 8], "rank_assignment": "drawn"}},
         {"privacy": CENTRAL, "rounds": {"weighting": "uniform", "server_optimizer": "fedadam"}},
     ],

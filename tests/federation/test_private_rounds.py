@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +27,11 @@ LOCAL = replace(CENTRAL, mode="local")
 UNIFORM = replace(ROUNDS, weighting="uniform")
 
 
-def private(privacy: Privacy | None, method: str = "fedsa", **changes: object) -> Federation:
-    rounds = replace(UNIFORM, privacy=privacy, **changes)  # type: ignore[arg-type]
-    init = "independent" if method == "fedsa" else "shared"
-    return tiny_federation(method=method, rounds=rounds, init=init, rule="rslora")  # type: ignore[arg-type]
+def private(privacy: Privacy | None, method: str = "fedsa", **changes: Any) -> Federation:
+    rounds = replace(UNIFORM, privacy=privacy, **changes)
+    return tiny_federation(
+        method=method, rounds=rounds, init="independent" if method == "fedsa" else "shared", rule="rslora"
+    )
 
 
 def flat(tensors: Tensors) -> NDArray[np.float64]:
@@ -56,7 +58,7 @@ def test_the_server_releases_the_mean_of_clipped_changes_and_noise(method: str, 
             if outcome.round_num == number
         ]
         norms = np.array([np.linalg.norm(change) for change in changes])
-        mean = sum(change * min(1, 0.05 / norm) for change, norm in zip(changes, norms, strict=True)) / 4
+        mean = sum(change * min(1.0, 0.05 / float(norm)) for change, norm in zip(changes, norms, strict=True)) / 4
         assert is_noise(after - before - mean, 4.0 * 0.05 / 4)
         assert record["privacy"]["clip_fraction"] == np.mean(norms > 0.05)
         assert record["privacy"]["noise_std"] == pytest.approx(0.05)
@@ -67,7 +69,7 @@ def test_a_client_sends_noise_on_its_own_change_and_keeps_what_is_its_own() -> N
     before, after = (flat(select_parts(ran.states[at].server.shared, [Part.A])) for at in (0, 1))
     outcomes = [outcome for outcome in runner.outcomes if outcome.round_num == 1]
     changes = [flat(select_parts(outcome.tensors, [Part.A])) - before for outcome in outcomes]
-    clipped = [change * min(1, 0.05 / np.linalg.norm(change)) for change in changes]
+    clipped = [change * min(1.0, 0.05 / float(np.linalg.norm(change))) for change in changes]
     assert is_noise(after - before - sum(clipped) / 4, 4.0 * 0.05 / 2)  # four noises of 0.2, averaged
     assert ran.records[0]["privacy"]["clip_fraction"] == np.mean([np.linalg.norm(change) > 0.05 for change in changes])
     for outcome in outcomes:
@@ -86,7 +88,7 @@ def test_local_noise_goes_with_every_method_that_sends(method: str) -> None:
 
 
 def test_what_is_recorded_can_be_written_and_grows() -> None:
-    rounds = {"num_rounds": 4, "cohort_size": 2}
+    rounds: dict[str, Any] = {"num_rounds": 4, "cohort_size": 2}
     privacy = replace(CENTRAL, cohort_size=2)
     ran = run_all(private(privacy, **rounds))
     spent = [record["privacy"] for record in ran.records]
@@ -124,7 +126,7 @@ def test_a_secret_key_lives_in_the_state_from_the_start_and_differs_from_run_to_
     assert keys[0].equal(keys[1])
     assert keys[0].equal(keys[2])
     assert not keys[0].equal(keys[3])
-    assert not np.array_equal(*(flat(ran.states[1].server.shared) for ran in (first, second)))
+    assert not np.array_equal(flat(first.states[1].server.shared), flat(second.states[1].server.shared))
 
 
 def test_a_server_optimizer_works_on_what_is_released_alone() -> None:

@@ -20,7 +20,7 @@ from sfedlora.federation.robust import RobustRule, krum, robust_mean, squared_di
 from sfedlora.federation.server_optimizer import ServerOptimizer
 from sfedlora.federation.server_step import ServerRules, server_step, server_step_with_record
 from sfedlora.methods import METHODS, make_method
-from sfedlora.types import LoraSize, LoraSizes, ServerState, Tensors, Update, select_parts
+from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, Update, select_parts
 
 Dense = NDArray[np.float64]
 
@@ -135,7 +135,8 @@ def test_krum_takes_the_update_that_brute_force_takes(method: str) -> None:
         updates = updates_of(method, 7, seed=100 * seed)
         updates[seed % 7] = hostile(updates[seed % 7], -10.0)
         before = select_parts(state_of().shared, make_method(method).shared_parts(3))
-        chosen = krum(RobustRule("krum", 2), before, updates, SIZES).client_id
+        [taken] = krum(RobustRule("krum", 2), before, updates, SIZES)
+        chosen = taken.client_id
         assert chosen == brute_force_krum(updates, 2)
         assert chosen != f"c{seed % 7:02d}"
         seen.add(chosen)
@@ -147,7 +148,7 @@ def test_krum_steps_as_if_the_chosen_client_were_alone(method: str) -> None:
     updates = updates_of(method, 7)
     rules = ServerRules(make_method(method), SIZES, "examples", robust=RobustRule("krum", 2))
     after, record = server_step_with_record(rules, state_of(), updates, {})
-    [alone] = [update for update in updates if update.client_id == record["robust_selected"]]
+    [alone] = [update for update in updates if [update.client_id] == record["robust_selected"]]
     expected = server_step(replace(rules, robust=None), state_of(), [alone], {})
     assert after.round_num == expected.round_num == 3
     assert all(after.shared[name].equal(tensor) for name, tensor in expected.shared.items())
@@ -157,7 +158,8 @@ def test_krum_steps_as_if_the_chosen_client_were_alone(method: str) -> None:
 def test_of_two_as_near_the_first_by_client_id_is_taken() -> None:
     one = updates_of("fedsa", 1)[0]
     updates = [replace(one, client_id=client_id) for client_id in ("d", "b", "a", "c", "e")]
-    assert krum(RobustRule("krum", 1), select_parts(state_of().shared, ["a"]), updates, SIZES).client_id == "a"
+    [taken] = krum(RobustRule("krum", 1), select_parts(state_of().shared, [Part.A]), updates, SIZES)
+    assert taken.client_id == "a"
 
 
 def test_one_enormous_update_does_not_blur_the_distances_of_the_others() -> None:
@@ -165,8 +167,29 @@ def test_one_enormous_update_does_not_blur_the_distances_of_the_others() -> None
     updates = updates_of("fedsa", 7)
     spoiled = [*updates[:6], hostile(updates[6], 1e30)]
     rule = RobustRule("krum", 2)
-    before = select_parts(state_of().shared, ["a"])
-    assert krum(rule, before, spoiled, SIZES).client_id == brute_force_krum(spoiled, 2)
+    before = select_parts(state_of().shared, [Part.A])
+    [taken] = krum(rule, before, spoiled, SIZES)
+    assert taken.client_id == brute_force_krum(spoiled, 2)
+
+
+@pytest.mark.parametrize(("method", "num_taken"), [("fedit", 3), ("fedit", 8), ("fedsa", 5), ("fedex", 4)])
+def test_several_are_taken_by_their_scores_into_the_methods_own_step(method: str, num_taken: int) -> None:
+    updates = updates_of(method, 10)
+    spoiled = [hostile(update, -10.0) if at in (4, 7) else update for at, update in enumerate(updates)]
+    distances = brute_force_distances(spoiled)
+    scores = [np.sort(np.delete(row, at))[:6].sum() for at, row in enumerate(distances)]
+    expected = sorted(np.argsort(scores)[:num_taken].tolist())
+    assert not {4, 7} & set(expected)
+    rules = ServerRules(make_method(method), SIZES, "uniform", robust=RobustRule("krum", 2, num_taken))
+    after, record = server_step_with_record(rules, state_of(), spoiled, {})
+    assert record["robust_selected"] == [f"c{at:02d}" for at in expected]
+    plain = server_step(replace(rules, robust=None), state_of(), [spoiled[at] for at in expected], {})
+    assert all(after.shared[name].equal(tensor) for name, tensor in plain.shared.items())
+
+
+def test_hostile_updates_are_not_taken_to_make_up_the_number() -> None:
+    before = select_parts(state_of().shared, [Part.A])
+    assert len(krum(RobustRule("krum", 2, 8), before, updates_of("fedsa", 7), SIZES)) == 5
 
 
 RULES = st.sampled_from([RobustRule("median"), RobustRule("trimmed_mean", 2), RobustRule("krum", 2)])

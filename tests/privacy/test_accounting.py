@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import integrate, optimize, special, stats
 
 from sfedlora.errors import ConfigError
@@ -14,6 +15,12 @@ from sfedlora.privacy.accounting import epsilon_after, epsilon_of_rounds, requir
 from sfedlora.privacy.mechanism import Privacy
 
 PRIVACY = Privacy("central", clip_norm=0.3, noise_multiplier=8.0, delta=1e-5, num_clients=10, cohort_size=10)
+
+
+def spent(privacy: Privacy, num_rounds: int) -> float:
+    found = epsilon_after(privacy, num_rounds)
+    assert found is not None
+    return found
 
 
 def exact_epsilon(sensitivity: float, std: float, num_rounds: int, delta: float) -> float:
@@ -43,8 +50,8 @@ def test_without_sampling_it_is_the_gaussian_mechanism_on_twice_the_clipping_nor
 ) -> None:
     privacy = replace(PRIVACY, noise_multiplier=multiplier, mode=mode)  # type: ignore[arg-type]
     sensitivity, std = 2 * privacy.clip_norm, multiplier * privacy.clip_norm
-    found = epsilon_of_rounds(privacy, num_rounds)
-    assert found == epsilon_after(privacy, num_rounds)
+    found = spent(privacy, num_rounds)
+    assert found == epsilon_of_rounds(privacy, num_rounds)
     assert found == pytest.approx(renyi_epsilon(sensitivity, std, num_rounds, 1e-5), rel=0.005)
     exact = exact_epsilon(sensitivity, std, num_rounds, 1e-5)
     assert exact <= found <= 1.3 * exact
@@ -64,13 +71,13 @@ def sampled_divergence(order: int, ratio: float, std: float) -> float:
 
 def test_a_sampled_cohort_is_accounted_with_the_bound_for_samples_without_replacement() -> None:
     privacy = replace(PRIVACY, num_clients=100, cohort_size=10)
-    found = epsilon_after(privacy, 20)
+    found = spent(privacy, 20)
     orders = np.arange(2, 65)
-    spent = np.array([20 * sampled_divergence(int(order), 0.1, 8.0 / 2) for order in orders])
+    divergences = np.array([20 * sampled_divergence(int(order), 0.1, 8.0 / 2) for order in orders])
     # The implementation knows a sharper bound on the higher moments, so it may only be below.
-    simple = float((spent + np.log1p(-1 / orders) - np.log(1e-5 * orders) / (orders - 1)).min())
+    simple = float((divergences + np.log1p(-1 / orders) - np.log(1e-5 * orders) / (orders - 1)).min())
     assert 0.5 * simple < found <= simple * 1.001
-    assert found < 0.5 * epsilon_after(replace(privacy, num_clients=10), 20)
+    assert found < 0.5 * spent(replace(privacy, num_clients=10), 20)
 
 
 @pytest.mark.parametrize(("multiplier", "num_clients"), [(1.0, 20), (2.0, 50), (4.0, 100)])
@@ -79,9 +86,9 @@ def test_no_less_is_stated_than_a_real_pair_of_neighbours_costs(multiplier: floa
     privacy = replace(PRIVACY, noise_multiplier=multiplier, num_clients=num_clients)
     ratio, grid = 10 / num_clients, np.linspace(-12 * multiplier - 1, 12 * multiplier + 1, 400_001)
 
-    def density(shift: float) -> np.ndarray:
+    def density(shift: float) -> NDArray[np.float64]:
         law = stats.norm(0, multiplier)
-        mixture: np.ndarray = (1 - ratio) * law.pdf(grid) + ratio * law.pdf(grid - shift)
+        mixture: NDArray[np.float64] = (1 - ratio) * law.pdf(grid) + ratio * law.pdf(grid - shift)
         return mixture
 
     one_way, other_way = density(1.0), density(-1.0)
@@ -89,16 +96,19 @@ def test_no_less_is_stated_than_a_real_pair_of_neighbours_costs(multiplier: floa
     def excess(epsilon: float) -> float:
         return float(integrate.trapezoid(np.maximum(one_way - math.exp(epsilon) * other_way, 0), grid)) - 1e-5
 
-    found = epsilon_after(privacy, 1)
-    assert found is not None
+    found = spent(privacy, 1)
     assert float(optimize.brentq(excess, 1e-6, 50)) < found
 
 
+def test_drawing_nearly_everybody_costs_no_more_than_drawing_all() -> None:
+    assert spent(replace(PRIVACY, num_clients=11), 3) <= spent(PRIVACY, 3)
+
+
 def test_more_rounds_and_less_noise_cost_more() -> None:
-    spent = [epsilon_after(PRIVACY, count) for count in (1, 2, 10)]
-    assert spent == sorted(spent)
-    assert epsilon_after(replace(PRIVACY, noise_multiplier=4.0), 2) > spent[1]
-    assert epsilon_after(replace(PRIVACY, delta=1e-7), 2) > spent[1]
+    costs = [spent(PRIVACY, count) for count in (1, 2, 10)]
+    assert costs == sorted(costs)
+    assert spent(replace(PRIVACY, noise_multiplier=4.0), 2) > costs[1]
+    assert spent(replace(PRIVACY, delta=1e-7), 2) > costs[1]
 
 
 def test_the_clipping_norm_and_the_denominator_do_not_enter() -> None:

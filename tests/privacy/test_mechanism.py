@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
 
 from sfedlora.errors import RunError
@@ -27,17 +28,21 @@ from sfedlora.types import ServerState, Tensors
 PRIVACY = Privacy("central", clip_norm=0.5, noise_multiplier=1.3, delta=1e-5, num_clients=40, cohort_size=4)
 QUIET = replace(PRIVACY, noise_multiplier=1e-12)
 KEY = bytes(range(32))
-SHAPES = {"a:x": (4, 30), "a:y": (4, 50), "head:c": (3,)}
-LARGE = {"a:x": (50, 4000), "a:y": (50, 2000)}
+Dense = NDArray[np.float64]
+Shapes = dict[str, tuple[int, ...]]
+
+SHAPES: Shapes = {"a:x": (4, 30), "a:y": (4, 50), "head:c": (3,)}
+LARGE: Shapes = {"a:x": (50, 4000), "a:y": (50, 2000)}
 
 
-def drawn(seed: int, scale: float = 1.0, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, torch.Tensor]:
+def drawn(seed: int, scale: float = 1.0, shapes: Shapes = SHAPES) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(seed)
     return {name: torch.tensor(scale * rng.normal(size=shape), dtype=torch.float32) for name, shape in shapes.items()}
 
 
-def flat(tensors: Tensors) -> np.ndarray:
-    return np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(tensors)])
+def flat(tensors: Tensors) -> Dense:
+    joined: Dense = np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(tensors)])
+    return joined
 
 
 def moved(before: Tensors, scale: float, seed: int) -> dict[str, torch.Tensor]:
@@ -45,9 +50,10 @@ def moved(before: Tensors, scale: float, seed: int) -> dict[str, torch.Tensor]:
     return {name: tensor + own[name] for name, tensor in before.items()}
 
 
-def clipped(before: Tensors, after: Tensors, clip_norm: float) -> np.ndarray:
+def clipped(before: Tensors, after: Tensors, clip_norm: float) -> Dense:
     change = flat(after) - flat(before)
-    return change * min(1.0, clip_norm / max(float(np.linalg.norm(change)), 1e-300))
+    short: Dense = change * min(1.0, clip_norm / max(float(np.linalg.norm(change)), 1e-300))
+    return short
 
 
 @pytest.mark.parametrize("scales", [(1.0, 2.0, 0.5, 10.0), (1e-3, 2e-3, 1e-3, 3e-3), (1e-3, 5.0, 1e30, 1e-30)])
@@ -85,7 +91,7 @@ def test_the_denominator_does_not_depend_on_who_replied() -> None:
         noised_mean(QUIET, before, [*updates, updates[0]], round_num=1, key=KEY)
 
 
-def noise_of(privacy: Privacy, *, round_num: int = 1, key: bytes = KEY) -> np.ndarray:
+def noise_of(privacy: Privacy, *, round_num: int = 1, key: bytes = KEY) -> Dense:
     """What is added to two changes that are known."""
     before = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in LARGE.items()}
     update = {name: tensor.double() for name, tensor in drawn(5, 1e-5, LARGE).items()}
@@ -95,7 +101,7 @@ def noise_of(privacy: Privacy, *, round_num: int = 1, key: bytes = KEY) -> np.nd
     return flat(privatized(privacy, before, update, round_num=round_num, key=key).tensors) - flat(update)
 
 
-def fits(values: np.ndarray, std: float) -> bool:
+def fits(values: Dense, std: float) -> bool:
     """Variance and law, at a level of about 0.1 %."""
     count = len(values)
     variance_fits = abs(values.var() / std**2 - 1) < 3.3 * math.sqrt(2 / count)

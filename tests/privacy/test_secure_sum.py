@@ -67,7 +67,7 @@ def test_a_message_looks_random_whatever_it_says() -> None:
 def test_what_is_missing_or_comes_twice_leaves_noise_and_is_refused() -> None:
     zeros = np.zeros(100_000, np.float32)
     messages = {site: send(site, zeros) for site in SITES}
-    three = reduce(with_message, [messages[site] for site in SITES[:3]], None)  # type: ignore[arg-type]
+    three = reduce(with_message, [messages[site] for site in SITES[:3]], None)
     assert three is not None
     assert looks_random(three)
     for senders in (SITES[:3], (*SITES, "aachen"), (*SITES[:3], "aachen")):
@@ -91,7 +91,7 @@ def test_a_key_that_the_server_puts_in_place_of_another_is_noticed_as_noise() ->
     forged = {**PUBLIC, "berlin": public_key_of(new_private_key())}
     messages = [send(site, zeros) for site in SITES[1:]]
     messages.append(masked(TOTAL, "aachen", zeros, private_key=PRIVATE["aachen"], public_keys=forged))
-    found = reduce(with_message, messages, None)  # type: ignore[arg-type]
+    found = reduce(with_message, messages, None)
     assert found is not None
     assert looks_random(found)
 
@@ -126,4 +126,4 @@ def test_a_message_of_another_size_is_refused() -> None:
     with pytest.raises(RunError, match="a message of"):
         with_message(first, np.zeros(3, np.uint32))
     with pytest.raises(RunError, match="a message of"):
-        with_message(first, np.zeros(2, np.float32))  # type: ignore[arg-type]
+        with_message(first, np.zeros(2, np.float32))

@@ -79,7 +79,7 @@ def attacked(federation: Federation, attack: Attack | None) -> Federation:
     assert isinstance(runner, SerialRunner | BatchedRunner)
     if attack.flips_labels:
         runner = _trained_on(runner, _flipped(runner.setup, federation, attack.clients))
-    shared = frozenset().union(*(federation.method.shared_parts(number) for number in (1, 2)))
+    shared = federation.method.shared_parts(1) | federation.method.shared_parts(2)
     return replace(federation, runner=Hostile(runner, attack, shared))
 
 

@@ -75,6 +75,9 @@ class RunConfig(Section):
     counts the same."""
     robust_attackers: Count | None = None
     """Hostile clients in a round that trimmed_mean and krum withstand; a cohort needs more than twice as many."""
+    robust_taken: Count | None = None
+    """Updates that krum takes, the nearest ones, into the method's own server step (Multi-Krum). null: one. More keep
+    more of what clients learn; the proof of Krum allows fewer than the cohort less 2 f + 2."""
     runner: Literal["auto", "serial", "batched"] = "auto"
     """How a cohort is executed on this machine. serial: one client after the other. batched: several clients in one
     forward pass over the shared base. auto: batched where `clients_per_batch` comes out above 1."""
@@ -195,11 +198,23 @@ class RunConfig(Section):
             init=init,
             several_ranks=not isinstance(rank, int) and len(set(rank)) > 1,
             attackers=self.robust_attackers,
+            taken=self.robust_taken,
             cohort_size=self.rounds.cohort_size or self.partition.num_clients,
         )
         refusal = why_refused(protection)
         if refusal is not None:
             raise ValueError(refusal)
+        if self.privacy.example_clip_norm is None:
+            return
+        if self.local.accumulation != 1:
+            raise ValueError(
+                f"privacy.example_clip_norm: needs local.accumulation: 1, so that an example is in a step once, got "
+                f"{self.local.accumulation}; raise local.batch_size instead, examples are computed one by one anyway"
+            )
+        if self.runner == "batched" or self.clients_per_batch not in ("auto", 1):
+            raise ValueError("privacy.example_clip_norm: trains one client at a time; use runner: serial or auto")
+        if protection.several_ranks:
+            raise ValueError("privacy.example_clip_norm: needs one rank for all clients; give one number in lora.rank")
 
     def _check_ranks(self, method: Method) -> None:
         """A list of ranks fits the clients and the method."""

@@ -304,6 +304,11 @@ class PrivacySection(Section):
     noise_multiplier: PositiveFloat | None = None
     """Standard deviation of the noise divided by `clip_norm`: of the sum of the clipped changes (central), or of each
     client's own (local). Required with a mode."""
+    example_clip_norm: PositiveFloat | None = None
+    """Privacy of single examples at the client, with or without a mode: largest L2 norm of the gradient of one example,
+    over all factors that are trained. One forward pass an example. null: none."""
+    example_noise_multiplier: PositiveFloat | None = None
+    """Standard deviation of the noise on the sum of a batch's gradients, divided by `example_clip_norm`."""
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
     """delta of the stated (epsilon, delta). Well below one over the number of clients."""
     noise: Literal["secret", "seeded"] = "secret"
@@ -317,6 +322,8 @@ class PrivacySection(Section):
                 raise ValueError(f"{key}: {value:g} is not used by mode: none; leave it out, or use central or local")
             if self.mode != "none" and value is None:
                 raise ValueError(f"mode: {self.mode} needs privacy.{key}")
+        if (self.example_clip_norm is None) != (self.example_noise_multiplier is None):
+            raise ValueError("give both of example_clip_norm and example_noise_multiplier, or neither")
         return self
 
 

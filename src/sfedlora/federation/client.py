@@ -26,6 +26,8 @@ from sfedlora.federation.flat_optimizer import FlatOptimizer
 from sfedlora.federation.launches import LAUNCH_TOKENS, plan_launches
 from sfedlora.federation.objective import Task, batch_loss
 from sfedlora.lora.inject import ResidentModel
+from sfedlora.privacy.examples import ExamplePrivacy, add_clipped, noised_gradients
+from sfedlora.privacy.noise import derive_key
 from sfedlora.seeds import derive_seed
 from sfedlora.types import LoraSize, Part, Tensors
 
@@ -54,6 +56,7 @@ class LocalTraining:
     max_grad_norm: float | None
     keep_optimizer_state: bool
     proximal_mu: float = 0.0
+    example_privacy: ExamplePrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class ClientWork:
             trained in this round are handed back as they are.
         anchored: the parts that the proximal term pulls towards `start`.
         base_deltas: corrections of the frozen weights, by their names in `ServerState.extra`.
+        noise_key: of the client in this round, for example-level privacy; empty without.
     """
 
     client_id: str
@@ -84,6 +88,7 @@ class ClientWork:
     optimizer_state: Tensors
     anchored: frozenset[Part] = frozenset()
     base_deltas: Tensors = field(default_factory=dict)
+    noise_key: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,10 @@ def train_clients(setup: TrainingSetup, works: Sequence[ClientWork]) -> list[Cli
     try:
         for step in range(max(len(client.steps) for client in stack)):
             active = [client for client in stack if client.begin_step(step)]
-            if active:
+            if active and setup.training.example_privacy is not None:
+                for client in active:
+                    _accumulate_private_gradients(setup, client, setup.training.example_privacy)
+            elif active:
                 _accumulate_gradients(setup, stack, max(len(client.micro_batches) for client in active))
             for client in active:
                 client.take_step(step)
@@ -187,9 +195,11 @@ def train_clients(setup: TrainingSetup, works: Sequence[ClientWork]) -> list[Cli
 
 
 def _plan(setup: TrainingSetup, work: ClientWork) -> list[list[NDArray[np.int64]]]:
-    training = setup.training
+    training, lengths = setup.training, setup.data.lengths
+    if training.example_privacy is not None:
+        lengths = np.ones_like(lengths)  # an example's length must not decide on the batches of others
     return plan_local_batches(
-        setup.data.lengths,
+        lengths,
         np.asarray(work.indices, dtype=np.int64),
         batch_size=training.batch_size,
         local_steps=training.local_steps,
@@ -210,6 +220,24 @@ def _accumulate_gradients(setup: TrainingSetup, stack: Sequence[_Running], num_m
         for start, stop in plan_launches(shapes, launch_tokens):
             setup.resident.set_active(start, stop)
             _launch(setup, stack[start:stop], groups[start:stop], micro)
+
+
+def _accumulate_private_gradients(setup: TrainingSetup, client: _Running, privacy: ExamplePrivacy) -> None:
+    """The gradient of the step that one client has begun, made of its examples' clipped ones and noise."""
+    setup.resident.set_active(client.slot, client.slot + 1)
+    [rows] = client.micro_batches
+    sums = {part: torch.zeros_like(gradient) for part, gradient in client.gradients().items()}
+    for at in range(len(rows)):
+        setup.resident.zero_grad()
+        row = rows[at : at + 1]
+        _launch(setup, [client], [row], 0)
+        # The loss was divided by the labels of the whole batch.
+        share = client.num_labels / int(setup.data.num_label_tokens[row[0]])
+        add_clipped(privacy, sums, {part: gradient * share for part, gradient in client.gradients().items()})
+    batch_size = min(setup.training.batch_size, len(client.work.indices))
+    noised = noised_gradients(privacy, sums, batch_size=batch_size, key=client.noise_key())
+    for part, gradient in client.gradients().items():
+        gradient.copy_(noised[part])
 
 
 def _launch(setup: TrainingSetup, clients: Sequence[_Running], groups: Sequence[NDArray[np.int64]], micro: int) -> None:
@@ -242,16 +270,17 @@ class _Running:
 
     Attributes:
         work: what it was given.
+        slot: where it is in the resident model.
         steps: its micro-batches, step by step.
         micro_batches: those of the step that it has begun; none where it has finished or failed.
         num_labels: labels of these, over which the mean loss is taken; 1 without any.
     """
 
     def __init__(self, setup: TrainingSetup, work: ClientWork, slot: int) -> None:
-        self.work, self.steps = work, _plan(setup, work)
+        self.work, self.slot, self.steps = work, slot, _plan(setup, work)
         self.micro_batches: list[NDArray[np.int64]] = []
         self.num_labels = 1
-        self._setup, self._resident, self._slot = setup, setup.resident, slot
+        self._setup, self._resident = setup, setup.resident
         self._parts = sorted(work.trained)
         mu = setup.training.proximal_mu
         self._anchors = {part: self._flat(part).clone() for part in work.anchored & work.trained if mu > 0}
@@ -281,6 +310,14 @@ class _Running:
         """The seed of all dropout masks of a micro-batch of this step."""
         work = self.work
         return derive_seed(self._setup.seed, "dropout", work.client_id, work.round_num, self._step, micro)
+
+    def noise_key(self) -> bytes:
+        """The key of the noise of this step."""
+        return derive_key(self.work.noise_key, "step", self._step)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient buffers, by part."""
+        return {part.value: self._grad(part) for part in self._parts}
 
     def note_batch(self, indices: NDArray[np.int64], loss_sum: float, *, num_computed: int) -> None:
         """Add one micro-batch to what is measured; `num_computed` counts its positions, padding included."""
@@ -324,14 +361,14 @@ class _Running:
             len(self.steps),
         )
         state = {**work.optimizer_state, **self._optimizer.state()} if keep else {}
-        tensors = self._resident.read(work.trained, self._slot)
+        tensors = self._resident.read(work.trained, self.slot)
         return ClientOutcome(work.client_id, work.round_num, len(work.indices), tensors, state, metrics)
 
     def _flat(self, part: Part) -> Tensor:
-        return self._resident.flat(part, self._slot)
+        return self._resident.flat(part, self.slot)
 
     def _grad(self, part: Part) -> Tensor:
-        return self._resident.flat_grad(part, self._slot)
+        return self._resident.flat_grad(part, self.slot)
 
 
 def _optimizer_of(setup: TrainingSetup, work: ClientWork, slot: int) -> FlatOptimizer:

@@ -31,6 +31,7 @@ class Protection:
         init: of A.
         several_ranks: whether clients have ranks of their own.
         attackers: how many the robust rule withstands; None if not given.
+        taken: how many updates Krum takes; None for one.
         cohort_size: updates of a round; None if not known yet.
         secure_sum: whether the server sees the sum of the updates alone.
     """
@@ -42,6 +43,7 @@ class Protection:
     init: str = "shared"
     several_ranks: bool = False
     attackers: int | None = None
+    taken: int | None = None
     cohort_size: int | None = None
     secure_sum: bool = False
 
@@ -84,6 +86,8 @@ def _against_robust(asked: Protection) -> Iterator[str]:
 
 def _against_attackers(asked: Protection) -> Iterator[str]:
     """The number of attackers is given where the rule has one, and the cohort is large enough for it."""
+    if asked.taken is not None and asked.robust != "krum":
+        yield f"robust_taken: {asked.taken} is used by robust: krum alone, got {asked.robust}; leave it out or null"
     if asked.robust in ("none", "median"):
         if asked.attackers is not None:
             yield f"robust_attackers: {asked.attackers} is not used by robust: {asked.robust}; leave it out or null"
@@ -96,6 +100,11 @@ def _against_attackers(asked: Protection) -> Iterator[str]:
         yield (
             f"robust: {asked.robust} against robust_attackers: {asked.attackers} needs at least {needed} clients in a "
             f"round, got {asked.cohort_size}; raise rounds.cohort_size or lower robust_attackers"
+        )
+    if asked.taken is not None and asked.cohort_size is not None and asked.taken + asked.attackers > asked.cohort_size:
+        yield (
+            f"robust_taken: {asked.taken} of {asked.cohort_size} clients takes hostile ones, with robust_attackers: "
+            f"{asked.attackers}; give at most {asked.cohort_size - asked.attackers}"
         )
 
 

@@ -9,11 +9,19 @@ from typing import Any
 from sfedlora.federation.client import ClientOutcome
 from sfedlora.federation.evaluate import EvalResult, mean_results
 from sfedlora.federation.objective import Task
-from sfedlora.privacy.accounting import epsilon_after, epsilon_of_rounds
+from sfedlora.privacy.accounting import epsilon_after, epsilon_of_rounds, epsilon_of_steps
+from sfedlora.privacy.examples import ExamplePrivacy
 from sfedlora.privacy.mechanism import Privacy
 from sfedlora.types import LoraSizes
 
-__all__ = ["client_records", "evaluation_record", "privacy_record", "scaling_record", "training_record"]
+__all__ = [
+    "client_records",
+    "evaluation_record",
+    "example_privacy_record",
+    "privacy_record",
+    "scaling_record",
+    "training_record",
+]
 
 
 def training_record(outcomes: Mapping[str, ClientOutcome]) -> dict[str, Any]:
@@ -93,6 +101,13 @@ def privacy_record(
             "clip_fraction": clip_fraction,
         }
     }
+
+
+def example_privacy_record(privacy: ExamplePrivacy | None, *, num_steps: int) -> dict[str, Any]:
+    """What an example has spent that was in so many optimizer steps, as `example_privacy`; empty without it."""
+    if privacy is None:
+        return {}
+    return {"example_privacy": {"delta": privacy.delta, "epsilon": epsilon_of_steps(privacy, num_steps)}}
 
 
 def _mean_known(values: list[float | None]) -> float | None:

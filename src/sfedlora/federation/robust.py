@@ -6,7 +6,8 @@ Descent.* NeurIPS 2017, arXiv:1703.02757 (Krum). With m updates, f of them hosti
 
     median          of every entry
     trimmed_mean    of every entry: the mean without its f smallest and f largest values      m >= 2 f + 1
-    krum            the one update whose m - f - 2 nearest others are nearest                  m >= 2 f + 3
+    krum            the one update whose m - f - 2 nearest others are nearest; or the           m >= 2 f + 3
+                    `num_taken` best of these (Multi-Krum), in the method's own server step
 
 Median and trimmed mean commute with a shift, so those of the factors are the broadcast plus those of their changes.
 They are for rounds that share one factor: with two, A and B of the result would each be robust, but their product could
@@ -45,10 +46,12 @@ class RobustRule:
     Attributes:
         name: which.
         num_attackers: f, of the updates of a round; not used by the median.
+        num_taken: updates that Krum takes; of a round with fewer than this and f together, all but f.
     """
 
     name: Literal["median", "trimmed_mean", "krum"]
     num_attackers: int = 0
+    num_taken: int = 1
 
 
 def fewest_updates(rule: RobustRule) -> int:
@@ -78,8 +81,8 @@ def robust_mean(rule: RobustRule, before: Tensors, updates: Sequence[Update]) ->
     }
 
 
-def krum(rule: RobustRule, before: Tensors, updates: Sequence[Update], sizes: LoraSizes) -> Update:
-    """The update that is nearest to its neighbours; of two as near, the first by client id.
+def krum(rule: RobustRule, before: Tensors, updates: Sequence[Update], sizes: LoraSizes) -> list[Update]:
+    """The updates that are nearest to their neighbours, by client id; of two as near, the first of these is nearer.
 
     Args:
         rule: krum.
@@ -96,7 +99,8 @@ def krum(rule: RobustRule, before: Tensors, updates: Sequence[Update], sizes: Lo
     num_near = len(ordered) - rule.num_attackers - 2
     np.fill_diagonal(distances, np.inf)
     scores = np.sort(distances, axis=1)[:, :num_near].sum(axis=1)
-    return ordered[int(np.argmin(scores))]
+    num_taken = min(rule.num_taken, len(ordered) - rule.num_attackers)
+    return [ordered[at] for at in sorted(np.argsort(scores, kind="stable")[:num_taken])]
 
 
 def squared_distances(before: Tensors, updates: Sequence[Update], sizes: LoraSizes) -> NDArray[np.float64]:

@@ -21,6 +21,7 @@ from sfedlora.federation.evaluate import EvalResult, mean_results
 from sfedlora.federation.record import (
     client_records,
     evaluation_record,
+    example_privacy_record,
     privacy_record,
     scaling_record,
     training_record,
@@ -33,6 +34,7 @@ from sfedlora.federation.spool import Spool, num_bytes, select_lazily
 from sfedlora.federation.state import (
     Federation,
     FederationState,
+    RoundSettings,
     server_rules,
     starting_adapter,
     with_clients,
@@ -56,6 +58,7 @@ __all__ = [
     "gain_of",
     "make_work",
     "num_bytes",
+    "protection_record",
     "run_round",
     "run_rounds",
     "with_outcomes",
@@ -273,7 +276,16 @@ def make_work(federation: Federation, state: FederationState, client_id: str) ->
         optimizer_state=state.optimizer.get(client_id, {}),
         anchored=federation.method.shared_parts(round_num),
         base_deltas=select_deltas(state.server.extra),
+        noise_key=_training_key(federation, state, client_id),
     )
+
+
+def _training_key(federation: Federation, state: FederationState, client_id: str) -> bytes:
+    """The key of a client's noise on gradients in the round after `state`; empty without example-level privacy."""
+    privacy = federation.rounds.example_privacy
+    if privacy is None:
+        return b""
+    return derive_key(noise_key(privacy, state.server), "training", client_id, state.server.round_num + 1)
 
 
 def _server_step(
@@ -295,13 +307,48 @@ def _server_step(
     excluded |= refused
     for client_id in refused:
         del outcomes[client_id]
-    server, record = server_step_with_record(rules, state.server, updates, excluded)
-    if rules.privacy is not None:
-        clip_fraction = rules.privacy.clip_fraction(norms) if norms else record.pop("clip_fraction", None)
-        everybody, cohort_size = list(federation.participants), federation.rounds.cohort_size
-        most = most_rounds(everybody, cohort_size, seed=federation.seed, num_rounds=round_num)
-        record |= privacy_record(rules.privacy, num_rounds=round_num, most_rounds=most, clip_fraction=clip_fraction)
+    server, step_record = server_step_with_record(rules, state.server, updates, excluded)
+    record = protection_record(
+        federation.rounds,
+        step_record,
+        client_ids=list(federation.participants),
+        seed=federation.seed,
+        round_num=round_num,
+        norms=norms,
+    )
     return with_outcomes(federation, replace(state, server=server), outcomes), updates, record
+
+
+def protection_record(
+    settings: RoundSettings,
+    step_record: Mapping[str, Any],
+    *,
+    client_ids: Sequence[str],
+    seed: int,
+    round_num: int,
+    norms: Sequence[float] = (),
+) -> dict[str, Any]:
+    """What a round's line says of robust rules and privacy.
+
+    Args:
+        settings: how rounds are run.
+        step_record: what the server step says of itself.
+        client_ids: all clients, among whom cohorts are drawn.
+        seed: of the run.
+        round_num: the round.
+        norms: of the changes that clients clipped themselves, where they are known.
+    """
+    record = dict(step_record)
+    if "robust_selected" in record:
+        record["effective_cohort_size"] = float(len(record["robust_selected"]))
+    if settings.privacy is None and settings.example_privacy is None:
+        return record
+    clip_fraction = record.pop("clip_fraction", None)
+    if settings.privacy is not None and norms:
+        clip_fraction = settings.privacy.clip_fraction(norms)
+    most = most_rounds(client_ids, settings.cohort_size, seed=seed, num_rounds=round_num)
+    spent = privacy_record(settings.privacy, num_rounds=round_num, most_rounds=most, clip_fraction=clip_fraction)
+    return record | spent | example_privacy_record(settings.example_privacy, num_steps=most * settings.most_uses)
 
 
 def _sent(
@@ -360,9 +407,8 @@ def _traffic_record(
     robust = federation.rounds.robust
     weighting = "uniform" if robust is not None else federation.rounds.weighting
     weights = client_weights({item.client_id: item.num_examples for item in updates}, weighting)
-    chooses_one = robust is not None and robust.name == "krum"
     return {
-        "effective_cohort_size": 1.0 if chooses_one else effective_clients(list(weights.values())),
+        "effective_cohort_size": effective_clients(list(weights.values())),
         "bytes_up": sum(num_bytes(update.tensors) for update in updates),
         "bytes_down": _bytes_down(federation, before, cohort),
     }

@@ -87,7 +87,7 @@ def server_step_with_record(
     """`server_step`, and what the round's line of metrics.jsonl says of it.
 
     Returns:
-        The state, and `robust_selected` (the client that Krum chose) or `clip_fraction` (central privacy: the share of
+        The state, and `robust_selected` (the clients that Krum chose) or `clip_fraction` (central privacy: the share of
         clients whose change was clipped), where they apply.
     """
     round_num = state.round_num + 1
@@ -110,8 +110,8 @@ def _aggregated(
     if robust is not None and robust.name == "krum":
         check_updates(method, state, updates, rules.sizes)
         chosen = krum(robust, before, updates, rules.sizes)
-        after = aggregate(method, state, [chosen], weighting="uniform", sizes=rules.sizes)
-        return after, {"robust_selected": chosen.client_id}
+        after = aggregate(method, state, chosen, weighting="uniform", sizes=rules.sizes)
+        return after, {"robust_selected": [update.client_id for update in chosen]}
     if robust is not None:
         check_updates(method, state, updates, rules.sizes)
         return _moved(state, robust_mean(robust, before, updates)), {}

@@ -23,6 +23,7 @@ from sfedlora.lora.base_delta import select_deltas
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.methods import Method, client_factors
 from sfedlora.methods.base import Weighting
+from sfedlora.privacy.examples import ExamplePrivacy
 from sfedlora.privacy.mechanism import Privacy, with_noise_key
 from sfedlora.types import LoraSizes, Part, ServerState, Tensors, select_parts
 
@@ -59,6 +60,8 @@ class RoundSettings:
     server_optimizer: ServerOptimizer | None = None
     robust: RobustRule | None = None
     privacy: Privacy | None = None
+    example_privacy: ExamplePrivacy | None = None
+    most_uses: int = 0  # optimizer steps of a round that an example is in, of the client with the fewest examples
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ def rules_of(method: Method, sizes: LoraSizes, rounds: RoundSettings) -> ServerR
 def initial_state(federation: Federation) -> FederationState:
     """The state before round 1."""
     shared = select_parts(federation.initial, frozenset(Part) - federation.method.personal_parts())
-    return FederationState(with_noise_key(federation.rounds.privacy, ServerState(0, shared, {})), {}, {})
+    rounds = federation.rounds
+    return FederationState(with_noise_key(rounds.privacy or rounds.example_privacy, ServerState(0, shared, {})), {}, {})
 
 
 def serving_adapter(federation: Federation, state: FederationState, client_id: str) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from sfedlora.artifacts import Checkpoint, CheckpointWriter, RunDirectory, adapt
 from sfedlora.errors import RunError
 from sfedlora.experiment import with_best
 from sfedlora.federation.evaluate import EvalResult
-from sfedlora.federation.record import privacy_record
-from sfedlora.federation.sampling import choose_evaluated, most_rounds, sample_cohort
+from sfedlora.federation.round import protection_record
+from sfedlora.federation.sampling import choose_evaluated, sample_cohort
 from sfedlora.federation.server_step import accept_updates, server_step_with_record
 from sfedlora.federation.spool import Spool
 from sfedlora.federation.state import FederationState
@@ -156,7 +156,13 @@ class Rounds:
         record = trained_record(self._server, round_num, cohort, updates, answers.replies, excluded) | {
             "bytes_up": answers.bytes_up,
             "bytes_down": answers.bytes_down,
-            **self._protection_record(round_num, step_record),
+            **protection_record(
+                self._server.rounds,
+                step_record,
+                client_ids=list(self._sites.known),
+                seed=self._server.config.seed,
+                round_num=round_num,
+            ),
             "train_seconds": train_seconds,
             "aggregate_seconds": time.perf_counter() - clock,
         }
@@ -263,15 +269,6 @@ class Rounds:
         if after["best_round"] != progress["best_round"]:
             after["best_accepted"] = {key: site["accepted_round"] for key, site in progress["sites"].items()}
         return after
-
-    def _protection_record(self, round_num: int, step_record: Mapping[str, Any]) -> dict[str, Any]:
-        """What a round's line says of robust rules and privacy; sites that clip themselves tell nobody how often."""
-        record, privacy = dict(step_record), self._server.rules.privacy
-        clip_fraction = record.pop("clip_fraction", None)
-        everybody, cohort_size = list(self._sites.known), self._server.rounds.cohort_size
-        most = most_rounds(everybody, cohort_size, seed=self._server.config.seed, num_rounds=round_num)
-        spent = privacy_record(privacy, num_rounds=round_num, most_rounds=most, clip_fraction=clip_fraction)
-        return record | spent
 
     def _write_shared(self, state: ServerState) -> None:
         server = self._server

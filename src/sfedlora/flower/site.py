@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sfedlora.artifacts import adapter_facts, write_served
@@ -50,7 +51,7 @@ from sfedlora.flower.protocol import (
 from sfedlora.flower.settings import SiteSettings, app_config, site_settings
 from sfedlora.flower.site_store import SiteStore
 from sfedlora.lora.base_delta import select_deltas
-from sfedlora.privacy.mechanism import Privacy, noise_key, privatized
+from sfedlora.privacy.mechanism import NOISE_KEY, noise_key, privatized
 from sfedlora.privacy.noise import derive_key
 from sfedlora.setup.environment import library_versions
 from sfedlora.setup.site import SiteData, adapt_site, load_site
@@ -168,7 +169,7 @@ class Site:
         update: Tensors = select_parts(outcome.tensors, federation.method.shared_parts(request.round_num))
         privacy = federation.rounds.privacy
         if privacy is not None and privacy.mode == "local":
-            key = _noise_key(privacy, store, client_id)
+            key = derive_key(noise_key(privacy, state.server), "client", client_id)
             update = privatized(privacy, work.start, update, round_num=request.round_num, key=key).tensors
         return seal(reply, update, dtype=request.wire_dtype)
 
@@ -262,7 +263,7 @@ def _state_of(federation: Federation, request: RoundRequest, tensors: Tensors, s
         raise MessageError("the shared factors are not those of this model, method and rank")
     if select_deltas(extra).keys() != extra.keys():
         raise MessageError("what comes besides shared factors is no base delta")
-    server = ServerState(request.round_num - 1, shared, extra)
+    server = ServerState(request.round_num - 1, shared, extra | _secret(federation, store))
     if not request.personal_round:
         return FederationState(server, {}, {})
     personal, moments = store.load(request.personal_round)
@@ -292,11 +293,14 @@ def _evaluate(federation: Federation, state: FederationState, client_id: str, sp
     return result
 
 
-def _noise_key(privacy: Privacy, store: SiteStore, client_id: str) -> bytes:
-    """The key of the site's own noise: secret, or in experiments that are to be repeated the one of a local run."""
-    if privacy.noise_seed is None:
-        return store.secret_key()
-    return derive_key(noise_key(privacy, ServerState(0, {}, {})), "client", client_id)
+def _secret(federation: Federation, store: SiteStore) -> Tensors:
+    """The site's own key, where it adds noise that nobody else may know; under the name of a local run's."""
+    rounds = federation.rounds
+    central = rounds.privacy is not None and rounds.privacy.mode == "central"
+    privacies = [one for one in (None if central else rounds.privacy, rounds.example_privacy) if one is not None]
+    if all(one.noise_seed is not None for one in privacies):
+        return {}
+    return {NOISE_KEY: torch.frombuffer(bytearray(store.secret_key()), dtype=torch.uint8)}
 
 
 def _train(federation: Federation, state: FederationState, client_id: str) -> tuple[ClientOutcome, ClientWork]:

@@ -17,9 +17,10 @@ import importlib.util
 import math
 
 from sfedlora.errors import ConfigError
+from sfedlora.privacy.examples import ExamplePrivacy
 from sfedlora.privacy.mechanism import Privacy
 
-__all__ = ["epsilon_after", "epsilon_of_rounds", "require_accounting"]
+__all__ = ["epsilon_after", "epsilon_of_rounds", "epsilon_of_steps", "require_accounting"]
 
 
 def require_accounting() -> None:
@@ -35,14 +36,18 @@ def require_accounting() -> None:
 def epsilon_after(privacy: Privacy, num_rounds: int) -> float | None:
     """Epsilon at the run's delta after some rounds of central privacy, for one who does not know the cohorts.
 
-    None where no finite number is known.
+    The bound for samples is loose where nearly everybody is drawn, and never more than that of taking part in every
+    round is stated. None where no finite number is known.
     """
     import dp_accounting
 
-    event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(_multiplier(privacy))
-    if privacy.cohort_size < privacy.num_clients:
-        event = dp_accounting.SampledWithoutReplacementDpEvent(privacy.num_clients, privacy.cohort_size, event)
-    return _epsilon(event, num_rounds, privacy.delta)
+    in_all = epsilon_of_rounds(privacy, num_rounds)
+    if privacy.cohort_size == privacy.num_clients:
+        return in_all
+    event = dp_accounting.GaussianDpEvent(_multiplier(privacy))
+    drawn = dp_accounting.SampledWithoutReplacementDpEvent(privacy.num_clients, privacy.cohort_size, event)
+    known = [epsilon for epsilon in (in_all, _epsilon(drawn, num_rounds, privacy.delta)) if epsilon is not None]
+    return min(known, default=None)
 
 
 def epsilon_of_rounds(privacy: Privacy, num_rounds: int) -> float | None:
@@ -52,8 +57,15 @@ def epsilon_of_rounds(privacy: Privacy, num_rounds: int) -> float | None:
     return _epsilon(dp_accounting.GaussianDpEvent(_multiplier(privacy)), num_rounds, privacy.delta)
 
 
-def _multiplier(privacy: Privacy) -> float:
-    """Standard deviation of the noise over what one replaced client can move."""
+def epsilon_of_steps(privacy: ExamplePrivacy, num_steps: int) -> float | None:
+    """Epsilon at the run's delta of an example that was in so many optimizer steps."""
+    import dp_accounting
+
+    return _epsilon(dp_accounting.GaussianDpEvent(_multiplier(privacy)), num_steps, privacy.delta)
+
+
+def _multiplier(privacy: Privacy | ExamplePrivacy) -> float:
+    """Standard deviation of the noise over what one replaced client or example can move."""
     return privacy.noise_multiplier / 2
 
 

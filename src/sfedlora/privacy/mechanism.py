@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfedlora.errors import RunError
+from sfedlora.privacy.examples import ExamplePrivacy
 from sfedlora.privacy.noise import KEY_BYTES, derive_key, normal, random_key
 from sfedlora.types import ServerState, Tensors
 
@@ -140,7 +141,7 @@ def privatized(privacy: Privacy, before: Tensors, after: Tensors, *, round_num: 
     return Release(_moved({name: before[name] for name in after}, changes), (norm,))
 
 
-def with_noise_key(privacy: Privacy | None, state: ServerState) -> ServerState:
+def with_noise_key(privacy: Privacy | ExamplePrivacy | None, state: ServerState) -> ServerState:
     """The state with a secret key, drawn once in a run, where its noise needs one."""
     if privacy is None or privacy.noise_seed is not None or NOISE_KEY in state.extra:
         return state
@@ -148,7 +149,7 @@ def with_noise_key(privacy: Privacy | None, state: ServerState) -> ServerState:
     return ServerState(state.round_num, state.shared, {**state.extra, NOISE_KEY: key})
 
 
-def noise_key(privacy: Privacy, state: ServerState) -> bytes:
+def noise_key(privacy: Privacy | ExamplePrivacy, state: ServerState) -> bytes:
     """The key of all noise of a run: of its seed, or the one in the state.
 
     Raises:

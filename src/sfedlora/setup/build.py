@@ -21,6 +21,7 @@ from sfedlora.lora.base_model import BaseModel
 from sfedlora.lora.inject import ResidentModel
 from sfedlora.methods import Method
 from sfedlora.privacy.accounting import require_accounting
+from sfedlora.privacy.examples import ExamplePrivacy, most_uses
 from sfedlora.privacy.mechanism import Privacy
 from sfedlora.seeds import derive_seed
 from sfedlora.setup.adapter import chosen_init
@@ -84,13 +85,13 @@ def build_federation(
         task=config.model.task,
         pad_token_id=pad_token_id,
         batching=EvalBatching(config.evaluation.batch_size, config.evaluation.max_batch_tokens),
-        rounds=round_settings(config, method, num_clients=len(splits)),
+        rounds=round_settings(config, method, {client_id: len(rows) for client_id, rows in participants.items()}),
         seed=config.seed,
     )
 
 
-def round_settings(config: RunConfig, method: Method, *, num_clients: int) -> RoundSettings:
-    """How rounds are run, of a resolved configuration."""
+def round_settings(config: RunConfig, method: Method, num_examples: Mapping[str, int]) -> RoundSettings:
+    """How rounds are run, of a resolved configuration; `num_examples` are those that each participant trains on."""
     rounds, local = config.rounds, config.local
     return RoundSettings(
         num_rounds=rounds.num_rounds,
@@ -102,8 +103,10 @@ def round_settings(config: RunConfig, method: Method, *, num_clients: int) -> Ro
         evaluate_every=config.evaluation.every,
         evaluated=_evaluated(config),
         server_optimizer=_server_optimizer(config),
-        robust=None if config.robust == "none" else RobustRule(config.robust, config.robust_attackers or 0),
-        privacy=_privacy(config, num_clients),
+        robust=_robust_rule(config),
+        privacy=_privacy(config, len(num_examples)),
+        example_privacy=_example_privacy(config),
+        most_uses=_most_uses(config, num_examples),
     )
 
 
@@ -119,6 +122,29 @@ def _server_optimizer(config: RunConfig) -> ServerOptimizer | None:
         rounds.server_momentum,
         rounds.server_beta2,
         rounds.server_tau,
+    )
+
+
+def _robust_rule(config: RunConfig) -> RobustRule | None:
+    if config.robust == "none":
+        return None
+    return RobustRule(config.robust, config.robust_attackers or 0, config.robust_taken or 1)
+
+
+def _example_privacy(config: RunConfig) -> ExamplePrivacy | None:
+    section = config.privacy
+    if section.example_clip_norm is None or section.example_noise_multiplier is None:
+        return None
+    require_accounting()
+    seed = derive_seed(config.seed, "privacy noise") if section.noise == "seeded" else None
+    return ExamplePrivacy(section.example_clip_norm, section.example_noise_multiplier, section.delta, seed)
+
+
+def _most_uses(config: RunConfig, num_examples: Mapping[str, int]) -> int:
+    local = config.local
+    return max(
+        most_uses(count, batch_size=local.batch_size, local_steps=local.local_steps, local_epochs=local.local_epochs)
+        for count in num_examples.values()
     )
 
 
@@ -151,6 +177,7 @@ def _local_training(config: RunConfig, local_steps: int | None) -> LocalTraining
         max_grad_norm=local.max_grad_norm,
         keep_optimizer_state=local.optimizer_state == "keep",
         proximal_mu=config.rounds.proximal_mu,
+        example_privacy=_example_privacy(config),
     )
 
 

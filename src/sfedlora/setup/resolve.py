@@ -146,7 +146,8 @@ def _clients_per_batch(  # noqa: PLR0917 - what `resolve` was given
 ) -> int:
     """Clients in one forward pass: asked for, or as many as stay under the device's token cap."""
     cohort_size, asked = _largest_cohort(config, method, num_clients), config.clients_per_batch
-    if config.runner == "serial" or asked == 1 or cohort_size == 1:
+    one_by_one = config.privacy.example_clip_norm is not None
+    if config.runner == "serial" or asked == 1 or cohort_size == 1 or one_by_one:
         return 1
     own_tokens = max(1, config.local.batch_size * median_length)
     fitting = min(cohort_size, MAX_STACK, TOKEN_CAPS[device.type] // own_tokens)
