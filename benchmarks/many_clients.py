@@ -1,6 +1,6 @@
 """Memory and seconds per round against the number of clients, cohort 10, on the tiny model of the package.
 
-    python benchmarks/many_clients.py                            # 100, 1,000 and 10,000 clients
+    python benchmarks/many_clients.py                            # 10, 100, 1,000 and 10,000 clients
     python benchmarks/many_clients.py --clients 100 10000 --rounds 30
     python benchmarks/many_clients.py --stored                   # with a file of every client before the first round
 
@@ -63,7 +63,7 @@ class Alone:
 def main() -> None:
     """Measure and print a line per number of clients, then the bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--clients", type=int, nargs="+", default=[100, 1_000, 10_000])
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1_000, 10_000])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--stored", action="store_true", help="give every client a file first")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)

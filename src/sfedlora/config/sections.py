@@ -109,8 +109,8 @@ class ModelSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the transformer layers with torch.compile: faster steps after a first one that may take minutes, and a C++
-    compiler (on GPUs Triton) must be installed. Results differ in rounding, and equal bits need the same compiler."""
+    """Compile the transformer layers with torch.compile: faster steps after first ones that take minutes; needs a C++
+    compiler (on GPUs Triton). Results differ in rounding from those without, and equal bits need the same compiler."""
 
 
 class DataSection(Section):
