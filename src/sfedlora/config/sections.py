@@ -112,6 +112,12 @@ class ModelSection(Section):
     """Compile the transformer layers with torch.compile: faster steps after first ones that take minutes; needs a C++
     compiler (on GPUs Triton). Results differ in rounding from those without, and equal bits need the same compiler."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.compile and (self.gradient_checkpointing or self.quantization != "none"):
+            raise ValueError("compile goes with neither gradient_checkpointing nor quantization; leave one of them out")
+        return self
+
 
 class DataSection(Section):
     """Examples, how they become token ids, and how each client's share is split."""
