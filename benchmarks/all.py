@@ -73,7 +73,7 @@ RUNNER_BARS = {
 }
 RUNNERS = [
     Bar(
-        f"{what} / bare PEFT loop, {name}, {tokens} tokens",
+        f"{'bare' if what == 'A/A' else what} / bare PEFT loop, {name}, {tokens} tokens",
         rf"^{what}, {model}, {tokens} tokens: ([\d.]+)",
         1.08 if what == "serial" else RUNNER_BARS.get((what, model, tokens)),
     )
