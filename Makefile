@@ -110,8 +110,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What needs no download; with the real model: make bench BENCH=--whole (an hour).
-bench: $(VENV)/.run $(if $(BENCH),$(VENV)/.chat)
+# What needs no download; with the real models and texts: make bench BENCH=--whole (more than an hour).
+bench: $(VENV)/.run $(if $(BENCH),$(VENV)/.chat $(VENV)/.chitchat $(VENV)/.minilm)
 	$(BIN)/python benchmarks/all.py $(BENCH)
 
 types: $(VENV)/.dev

@@ -15,6 +15,7 @@ from sfedlora.config.sections import MethodSection, Section
 from sfedlora.config.yaml_file import dump_yaml, parse_scalar, read_yaml, split_values
 from sfedlora.errors import ConfigError
 from sfedlora.methods import METHODS
+from support.command_line import write_config
 
 LEAST: dict[str, Any] = {
     "model": {"source": "m"},
@@ -245,3 +246,11 @@ def test_a_draw_needs_ranks_to_draw_from() -> None:
 def test_ranks_that_are_none_are_refused(rank: object, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         with_rank(rank)
+
+
+@pytest.mark.parametrize("other", ["gradient_checkpointing=true", "quantization=4bit"])
+def test_compilation_goes_with_plain_layers_only(other: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "run.yaml")
+    RunConfig.load(path, ["model.compile=true"])
+    with pytest.raises(ConfigError, match="compile goes with neither"):
+        RunConfig.load(path, ["model.compile=true", f"model.{other}"])

@@ -373,5 +373,6 @@ def test_a_cohort_too_large_for_memory(
     else:
         _stop_after(run_events(config), number)
         assert (run_dir / "checkpoints" / "partial").exists()
+        (run_dir / "checkpoints" / ".spool-of-a-killed-run.tmp").mkdir()
         list(resume_events(run_dir))
     assert_same_run(run_dir, whole)

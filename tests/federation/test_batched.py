@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from federation.peft_oracle import Example, PlainLoop, Trained, wrap
 from sfedlora.data.batches import plan_local_batches
@@ -31,6 +30,7 @@ from sfedlora.lora.inject import adapt
 from sfedlora.lora.layer import LoraLinear
 from sfedlora.seeds import derive_seed
 from sfedlora.types import Part, part_of
+from support.counting import CountOperators
 from support.stacks import (
     Clients,
     assert_like_alone,
@@ -561,23 +561,6 @@ def test_tokens_and_padding_count_what_is_computed() -> None:
         client: 2 * tokens for client, tokens in real.items()
     }
     assert sum(outcome.metrics.tokens + outcome.metrics.padded_tokens for outcome in outcomes) == computed
-
-
-class CountOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators, and bytes that copies write."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: dict[str, int] = {}
-        self.copied_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
-        name = func.overloadpacket.__name__
-        self.counts[name] = self.counts.get(name, 0) + 1
-        result = func(*args, **(kwargs or {}))
-        if name in {"copy_", "_to_copy", "clone", "cat"}:
-            self.copied_bytes += result.numel() * result.element_size()
-        return result
 
 
 def test_changing_the_clients_copies_each_adapter_once_in_and_once_out() -> None:

@@ -110,8 +110,14 @@ class ModelSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the transformer layers with torch.compile: faster steps after a first one that may take minutes, and a
-    C++ compiler (on GPUs Triton) must be installed. Results differ in rounding; equal bits need the same compiler."""
+    """Compile the transformer layers with torch.compile: faster steps after first ones that take minutes; needs a C++
+    compiler (on GPUs Triton). Results differ in rounding from those without, and equal bits need the same compiler."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.compile and (self.gradient_checkpointing or self.quantization != "none"):
+            raise ValueError("compile goes with neither gradient_checkpointing nor quantization; leave one of them out")
+        return self
 
 
 class DataSection(Section):

@@ -34,15 +34,16 @@ class FlatOptimizer:
         """Begin with moments of zero; a learning rate for each part that is trained."""
         self._resident, self._slot = resident, slot
         self._params: dict[Part, nn.Parameter] = {}
-        groups = []
+        by_rate: dict[float, list[nn.Parameter]] = {}  # a group costs a call of its own
         for part in sorted(learning_rates):
             flat = resident.flat(part, slot)
             if flat.numel() == 0:
                 continue
             param = nn.Parameter(flat, requires_grad=True)
             param.grad = resident.flat_grad(part, slot)
-            groups.append({"params": [param], "lr": learning_rates[part]})
+            by_rate.setdefault(learning_rates[part], []).append(param)
             self._params[part] = param
+        groups = [{"params": params, "lr": rate} for rate, params in by_rate.items()]
         self._fused = kind == "adamw" and resident.device.type in {"cpu", "cuda"}
         self._optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(groups, weight_decay=weight_decay, fused=self._fused)

@@ -293,7 +293,7 @@ def _evaluate(federation: Federation, state: FederationState, client_id: str, sp
     return result
 
 
-def _secret(federation: Federation, store: SiteStore) -> Tensors:
+def _secret(federation: Federation, store: SiteStore) -> dict[str, Tensor]:
     """The site's own key, where it adds noise that nobody else may know; under the name of a local run's."""
     rounds = federation.rounds
     central = rounds.privacy is not None and rounds.privacy.mode == "central"

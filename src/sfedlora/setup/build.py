@@ -85,13 +85,27 @@ def build_federation(
         task=config.model.task,
         pad_token_id=pad_token_id,
         batching=EvalBatching(config.evaluation.batch_size, config.evaluation.max_batch_tokens),
-        rounds=round_settings(config, method, {client_id: len(rows) for client_id, rows in participants.items()}),
+        rounds=round_settings(
+            config,
+            method,
+            {client_id: len(rows) for client_id, rows in participants.items()},
+            local_steps=training.local_steps,
+        ),
         seed=config.seed,
     )
 
 
-def round_settings(config: RunConfig, method: Method, num_examples: Mapping[str, int]) -> RoundSettings:
-    """How rounds are run, of a resolved configuration; `num_examples` are those that each participant trains on."""
+def round_settings(
+    config: RunConfig, method: Method, num_examples: Mapping[str, int], *, local_steps: int | None
+) -> RoundSettings:
+    """How rounds are run.
+
+    Args:
+        config: resolved.
+        method: the method.
+        num_examples: participant -> examples that it trains on.
+        local_steps: optimizer steps of a participant in a round; None for `local.local_epochs`.
+    """
     rounds, local = config.rounds, config.local
     return RoundSettings(
         num_rounds=rounds.num_rounds,
@@ -106,7 +120,7 @@ def round_settings(config: RunConfig, method: Method, num_examples: Mapping[str,
         robust=_robust_rule(config),
         privacy=_privacy(config, len(num_examples)),
         example_privacy=_example_privacy(config),
-        most_uses=_most_uses(config, num_examples),
+        most_uses=_most_uses(config, num_examples, local_steps),
     )
 
 
@@ -140,10 +154,10 @@ def _example_privacy(config: RunConfig) -> ExamplePrivacy | None:
     return ExamplePrivacy(section.example_clip_norm, section.example_noise_multiplier, section.delta, seed)
 
 
-def _most_uses(config: RunConfig, num_examples: Mapping[str, int]) -> int:
-    local = config.local
+def _most_uses(config: RunConfig, num_examples: Mapping[str, int], local_steps: int | None) -> int:
+    batch_size, local_epochs = config.local.batch_size, config.local.local_epochs
     return max(
-        most_uses(count, batch_size=local.batch_size, local_steps=local.local_steps, local_epochs=local.local_epochs)
+        most_uses(count, batch_size=batch_size, local_steps=local_steps, local_epochs=local_epochs)
         for count in num_examples.values()
     )
 

@@ -133,7 +133,7 @@ def prepare_server(config: RunConfig, skeleton: Skeleton, num_examples: Mapping[
     formed = draw_initial_a(resolved, method, num_examples, skeleton.layout, rank)
     num_scaling_clients = scaling_clients(resolved, method, formed, len(num_examples))
     sizes = lora_sizes(resolved, ranks, num_scaling_clients)
-    rounds = round_settings(resolved, method, num_examples)
+    rounds = round_settings(resolved, method, num_examples, local_steps=resolved.local.local_steps)
     return PreparedServer(
         config=resolved,
         skeleton=skeleton,

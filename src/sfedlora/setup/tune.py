@@ -28,7 +28,7 @@ from sfedlora.setup.resolve import MAX_STACK, why_not_stackable
 __all__ = ["Measured", "Tuned", "candidates", "choose", "tune"]
 
 NUM_STEPS, NUM_CLIENTS, NUM_REPEATS = 2, 8, 2
-"""Optimizer steps of a client, least number of clients, how often each candidate is measured; the fastest counts."""
+"""Optimizer steps of a client, least number of clients, and how often all is measured; the fastest time counts."""
 TOLERANCE = 1.03
 """Fewer clients in a pass are taken where they are at most so much slower than the fastest: less memory and padding."""
 
