@@ -1,10 +1,10 @@
-"""The typer application that the verbs register with."""
+"""The typer application that the verbs register with, in the groups that `--help` shows."""
 
 from __future__ import annotations
 
 import typer
 
-from sfedlora.cli import compare, demo, evaluate, export, probe, report, resume, run
+from sfedlora.cli import compare, demo, evaluate, export, init, probe, report, resume, run
 
 __all__ = ["app"]
 
@@ -13,13 +13,14 @@ app = typer.Typer(
     help="Federated LoRA fine-tuning that stays stable at any rank and any number of clients.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
-app.command()(run.run)
-app.command()(compare.compare)
-app.command()(resume.resume)
-app.command()(probe.probe)
-app.command()(report.report)
-app.command()(evaluate.evaluate)
-app.command()(export.export)
-app.command()(demo.demo)
+GROUPS = {
+    "Begin": (demo.demo, init.init, probe.probe),
+    "Run": (run.run, compare.compare, resume.resume),
+    "Look at what came out": (report.report, evaluate.evaluate),
+    "Use it": (export.export,),
+}
+for group, verbs in GROUPS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=group)(verb)

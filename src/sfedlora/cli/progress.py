@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sfedlora.cli.forecast import describe_plan
 from sfedlora.compare import CellStarted
 from sfedlora.errors import Interrupted, StorageError
 from sfedlora.experiment import RunEvent, RunPrepared, RunResult
@@ -118,7 +119,7 @@ def _describe_start(event: RunPrepared) -> list[str]:
     ]
     if prepared.base.new_modules:
         lines.append(f"trained in full and saved with the adapter: {', '.join(prepared.base.new_modules)}")
-    return lines
+    return [*lines, *describe_plan(prepared)] if event.first_round == 1 else lines
 
 
 def _describe_sizes(sizes: LoraSizes) -> str:
