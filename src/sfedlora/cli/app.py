@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sfedlora.cli import compare, demo, evaluate, export, init, probe, report, resume, run
+from sfedlora.cli import compare, demo, evaluate, export, init, personalize, probe, report, resume, run
 
 __all__ = ["app"]
 
@@ -19,7 +19,7 @@ GROUPS = {
     "Begin": (demo.demo, init.init, probe.probe),
     "Run": (run.run, compare.compare, resume.resume),
     "Look at what came out": (report.report, evaluate.evaluate),
-    "Use it": (export.export,),
+    "Use it": (export.export, personalize.personalize),
 }
 for group, verbs in GROUPS.items():
     for verb in verbs:
