@@ -15,6 +15,7 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
     ] = None,
+    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb, mlflow or trackio.")] = None,
 ) -> None:
     """Run one federation. Ctrl-C stops after the client in hand; `sfedlora resume` goes on."""
     from sfedlora.config import RunConfig
@@ -24,4 +25,4 @@ def run(
     from sfedlora.cli.tables import print_run
     from sfedlora.experiment import run_events
 
-    print_run(drive(run_events(checked)))
+    print_run(drive(run_events(checked), track or []))
