@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -29,7 +30,13 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.C
     lines = outcome.err.splitlines()
     assert lines[0] == "package:sfedlora/assets/tiny_llama: float32, cpu, 1 threads"
     assert "3 clients, method fedsa, rank 4 with gamma 6.928, scaling sfed" in lines[1]
-    assert [line.split(":")[0] for line in lines[2:]] == ["round 1/2", "round 2/2"]
+    assert lines[2].startswith("each of 2 rounds: 3 of 3 clients with 48 training examples, 2 steps each, about ")
+    assert lines[3].startswith("expected time: roughly ")
+    assert [line.split(":")[0] for line in lines[4:]] == ["round 1/2", "round 2/2"]
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    tokens, megabytes = re.findall(r"about (\d+) tokens, ([0-9.]+) MB to the server", lines[2])[0]
+    assert int(tokens) == pytest.approx(metrics["tokens"], rel=0.3)
+    assert float(megabytes) == pytest.approx(metrics["bytes_up"] / 1e6, abs=0.06)
     for word in ("initial", "last", "best", "validation", "test", "perplexity"):
         assert word in outcome.out
     assert f"run directory: {tmp_path / 'run'}" in outcome.out

@@ -29,6 +29,7 @@ def compare(  # noqa: PLR0917 - typer turns every argument into an option
     clients: Annotated[str | None, typer.Option(help="Short for --vary partition.num_clients=...")] = None,
     seeds: Annotated[str | None, typer.Option(help="Short for --vary seed=...")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the cells and results.jsonl.")] = Path("runs/compare"),
+    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb, mlflow or trackio.")] = None,
     figures: Annotated[bool, typer.Option(help="Draw figures at the end (needs the extra `report`).")] = True,
 ) -> None:
     """Run every combination. Finished cells are skipped when the command is repeated."""
@@ -40,7 +41,7 @@ def compare(  # noqa: PLR0917 - typer turns every argument into an option
     from sfedlora.cli.tables import print_comparison
     from sfedlora.compare import compare_events
 
-    for _ in drive_all(compare_events(cells, output)):
+    for _ in drive_all(compare_events(cells, output), track or []):
         pass
     results = output / "results.jsonl"
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]

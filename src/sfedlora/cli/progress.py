@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol, cast
@@ -11,6 +11,8 @@ from typing import Any, Protocol, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sfedlora.cli.forecast import describe_plan
+from sfedlora.cli.tracking import Trackers
 from sfedlora.compare import CellStarted
 from sfedlora.errors import Interrupted, StorageError
 from sfedlora.experiment import RunEvent, RunPrepared, RunResult
@@ -22,27 +24,29 @@ __all__ = ["drive", "drive_all"]
 AnyEvent = RunEvent | CellStarted
 
 
-def drive(events: Iterator[RunEvent]) -> RunResult:
-    """Drive one run to its end and show it.
+def drive(events: Iterator[RunEvent], track: Sequence[str] = ()) -> RunResult:
+    """Drive one run to its end, show it, and tell the trackers of these names.
 
     Raises:
         Interrupted: the user pressed Ctrl-C; what was done is saved.
     """
-    results = list(drive_all(events))
+    results = list(drive_all(events, track))
     if not results:
         raise StorageError("the run ended without a result")
     return results[-1]
 
 
-def drive_all(events: Iterator[AnyEvent]) -> Iterator[RunResult]:
+def drive_all(events: Iterator[AnyEvent], track: Sequence[str] = ()) -> Iterator[RunResult]:
     """Drive any number of runs; yield the result of each."""
+    trackers = Trackers(track)
     console = Console(stderr=True)
     view: _View = _BarView(console) if console.is_terminal else _LineView(console)
     go_on = ""
     in_grid = False
-    with view, _stop_request() as stop:
+    with view, trackers, _stop_request() as stop:
         for event in events:
             view.show(event)
+            trackers.show(event)
             if isinstance(event, CellStarted):
                 in_grid = True
             if isinstance(event, RunPrepared):
@@ -118,7 +122,7 @@ def _describe_start(event: RunPrepared) -> list[str]:
     ]
     if prepared.base.new_modules:
         lines.append(f"trained in full and saved with the adapter: {', '.join(prepared.base.new_modules)}")
-    return lines
+    return [*lines, *describe_plan(prepared)] if event.first_round == 1 else lines
 
 
 def _describe_sizes(sizes: LoraSizes) -> str:

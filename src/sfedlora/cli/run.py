@@ -19,6 +19,7 @@ def run(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file.")
     ] = None,
     *,
+    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb, mlflow or trackio.")] = None,
     tune: Annotated[
         bool,
         typer.Option("--tune", help="First measure how many clients in one forward pass are fastest, and record it."),
@@ -34,7 +35,7 @@ def run(
 
     if tune:
         checked = _tuned(checked)
-    print_run(drive(run_events(checked)))
+    print_run(drive(run_events(checked), track or []))
 
 
 def _tuned(config: RunConfig) -> RunConfig:

@@ -36,6 +36,12 @@ def print_run(result: RunResult) -> None:
     print_line(f"run directory: {result.run_dir}", console)
     print_line(f"clients' state on disk: {result.summary['store_bytes'] / 1e6:.2f} MB", console)
     print_line(f"adapters: {result.run_dir / 'adapters'} (load with peft.PeftModel.from_pretrained)", console)
+    for verb, purpose in (
+        (f"report {result.run_dir}", "a page with charts, clients and costs"),
+        (f"evaluate {result.run_dir}", "every client on its test split"),
+        (f"export {result.run_dir} TARGET", "adapters of the last or the best round, or a merged model"),
+    ):
+        print_line(f"next: sfedlora {verb}  ({purpose})", console)
 
 
 def print_comparison(choices: Sequence[Mapping[str, str]], lines: Sequence[Mapping[str, Any]]) -> None:

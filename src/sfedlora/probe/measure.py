@@ -174,9 +174,13 @@ def probe_events(config: RunConfig, plan: Plan) -> Iterator[Progress | Measureme
         done += 1
         yield Progress(done, total, f"{rule}, one AdamW step, r = {rank}")
     ladders: list[LadderStep] = []
+    first = _first_rate(bench, loss, norm)
     for num_clients in sorted({min(plan.clients), max(plan.clients)}):
         size = Size(bench.rank_of_user, num_clients)
-        ladders += _ladder(bench, size, _first_rate(bench, loss, norm))
+        steps_here = _ladder(bench, size, first)
+        ladders += steps_here
+        stable = [step.learning_rate for step in steps_here if not step.diverged]
+        first = max(stable) / LADDER_FACTOR if stable else first  # where the next size begins
         done += 1
         yield Progress(done, total, f"learning rates at r = {size.rank}, N = {num_clients}")
     counts = bench.prepared.environment["scaling"]
