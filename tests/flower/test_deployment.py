@@ -69,20 +69,23 @@ def test_three_sites_over_tls_give_the_bytes_of_the_serial_runner_and_a_killed_s
         assert registered.returncode == 0, registered.stdout + registered.stderr
         deployment.start_node(number, nodes[number])
     first = deployment.submit()
-    deployment.wait_for_file("checkpoints/round-000001", seconds=400)
+    deployment.wait_for_file("checkpoints/round-000001", seconds=900)
     deployment.kill_server_app()
     assert deployment.wait_for_end(first, seconds=120).startswith("finished:failed")
     assert not (deployment.root / "run" / "summary.json").exists()
+    for refused in (wrong_authority, no_key):
+        deployment.stop(refused)
     deployment.submit(resume="true")
-    deployment.wait_for_file("summary.json", seconds=400)
+    deployment.wait_for_file("summary.json", seconds=900)
 
     local = run(config).run_dir
     assert _differing(local, local / "adapters" / "clients", deployment, "test") == []
     lines = [json.loads(line) for line in (deployment.root / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["excluded"] for line in lines] == [{}, {}, {}]
-    assert "CERTIFICATE_VERIFY_FAILED" in deployment.log(wrong_authority)
-    assert "sfedlora" not in deployment.log(wrong_authority)
-    assert deployment.processes[no_key].poll() is not None, deployment.log(no_key)[-2000:]
+    assert "SuperNode ID" in deployment.log("node0")  # what a node prints once the link has taken it
+    for refused in (wrong_authority, no_key):
+        assert "Connection attempt failed" in deployment.log(refused)
+        assert "SuperNode ID" not in deployment.log(refused)
     trainers = [path.read_text().count("trainer of site") for path in deployment.root.glob("state*/trainer.log")]
     assert trainers == [1, 1, 1]  # the base model is loaded once per site, over both runs of the server
 
@@ -109,9 +112,9 @@ def test_a_node_that_is_killed_in_a_round_is_excluded_and_goes_on_with_its_own_b
         deployment.start_node(number, nodes[number])
     config = config.with_values({"rounds.num_rounds": 6})
     deployment.submit(overrides='"rounds.num_rounds=6"')
-    deployment.wait_for_file("checkpoints/round-000001", seconds=400)
+    deployment.wait_for_file("checkpoints/round-000001", seconds=900)
     deployment.stop("node2", kill=True)
-    deployment.restart_node(2, nodes[2], seconds=240)
+    deployment.restart_node(2, nodes[2], seconds=600)
     deployment.wait_for_file("summary.json", seconds=600)
     lines = [json.loads(line) for line in (deployment.root / "run" / "metrics.jsonl").read_text().splitlines()]
     missed = [line["round_num"] for line in lines if "emotion-1" in line["excluded"]]

@@ -71,8 +71,8 @@ def _config(tmp_path: Path) -> RunConfig:
     return small_config(tmp_path, **OPTIONS)
 
 
-def _exchange(config: RunConfig, tmp_path: Path, **doom: Doom) -> DoomedExchange:
-    return DoomedExchange(exchange_of(config, small_files(tmp_path), tmp_path / "sites").connected, **doom)
+def _exchange(config: RunConfig, tmp_path: Path, *, pull_doom: Doom | None = None) -> DoomedExchange:
+    return DoomedExchange(exchange_of(config, small_files(tmp_path), tmp_path / "sites").connected, pull_doom=pull_doom)
 
 
 def _serve(config: RunConfig, exchange: LocalExchange, *, resume: bool = False) -> Path:

@@ -79,7 +79,7 @@ def _with_inf(numbers: Any) -> Any:
 
 
 def _b_instead(layout: list[Any]) -> list[Any]:
-    return [[layout[0][0].replace("a:", "b:").replace("lora_A", "lora_B"), layout[0][1]], *layout[1:]]
+    return [[layout[0][0].replace("a:", "b:", 1), layout[0][1]], *layout[1:]]
 
 
 def data_of(answer: Answer) -> bytes:
