@@ -32,11 +32,7 @@ class FakeGrid(Grid):
         given = list(messages)
         assert len(given) == 1
         self.pushed += given
-<<<<<<< HEAD
-        return [self._ids.pop(0)] if self._ids else []  # type: ignore[list-item]  # what Flower does
-=======
         return [self._ids.pop(0)] if self._ids else []  # Flower gives None, or nothing, for what it does not take
->>>>>>> flowertests
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = list(message_ids)
