@@ -88,7 +88,7 @@ def test_local_noise_goes_with_every_method_that_sends(method: str) -> None:
 
 
 def test_what_is_recorded_can_be_written_and_grows() -> None:
-    rounds: dict[str, Any] = {"num_rounds": 4, "cohort_size": 2}
+    rounds: dict[str, Any] = {"num_rounds": 2, "cohort_size": 2}
     privacy = replace(CENTRAL, cohort_size=2)
     ran = run_all(private(privacy, **rounds))
     spent = [record["privacy"] for record in ran.records]
