@@ -110,7 +110,8 @@ def test_tune_looks_at_the_output_first(tmp_path: Path, capsys: Capsys) -> None:
 
 
 def test_one_participant_leaves_nothing_to_measure(tmp_path: Path) -> None:
-    tuned = tune(RunConfig.load(_chat(tmp_path), ["method.name=centralized", "lora.scaling=rslora"]))
+    pooled = ["method.name=centralized", "lora.scaling=rslora", "lora.init=shared"]
+    tuned = tune(RunConfig.load(_chat(tmp_path), pooled))
     assert tuned.config.runner == "serial"
     assert [item.clients_per_batch for item in tuned.measured] == [1]
 
