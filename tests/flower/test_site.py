@@ -92,10 +92,18 @@ class Watched:
         return {where for secret, where in self.secrets.items() if secret in content}
 
 
-def chat_texts() -> list[str]:
-    path = Path(sfedlora.__file__).parent / "assets" / "tiny_chat.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [str(value) for row in rows for key, value in row.items() if key != "topic"]  # topics are client ids
+def texts_of(files: dict[str, Path]) -> set[str]:
+    """What the sites' rows say; topics are client ids here."""
+    rows = [json.loads(line) for path in files.values() for line in path.read_text().splitlines()]
+    return {str(value) for row in rows for key, value in row.items() if key != "topic" and len(str(value)) >= 12}
+
+
+def token_bytes(texts: set[str]) -> set[bytes]:
+    """Every four tokens in a row, as integers of four and of eight bytes."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(sfedlora.__file__).parent / "assets" / "tiny_llama")
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in sorted(texts)]
+    pieces = [row[start : start + 4] for row in ids for start in range(len(row) - 3)]
+    return {np.asarray(piece, dtype=dtype).tobytes() for piece in pieces for dtype in ("<i4", "<i8")}
 
 
 PRIVATE: dict[str, dict[str, Any]] = {
@@ -112,8 +120,8 @@ SLOW = ("sfed", "local-init")
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow if one in SLOW else ()) for one in PRIVATE])
 def test_nothing_that_a_site_keeps_is_in_any_message(name: str, tmp_path: Path) -> None:
-    config = small_config(tmp_path, flower__metrics="per-client", **PRIVATE[name])
-    exchange = exchange_of(config, small_files(tmp_path), tmp_path / "sites")
+    config, files = small_config(tmp_path, flower__metrics="per-client", **PRIVATE[name]), small_files(tmp_path)
+    exchange = exchange_of(config, files, tmp_path / "sites")
     watched = Watched(exchange, tmp_path / "sites")
     serve(config, exchange, resume=False, log=lambda _: None)
     assert len(watched.secrets) > 500
@@ -122,15 +130,10 @@ def test_nothing_that_a_site_keeps_is_in_any_message(name: str, tmp_path: Path) 
     assert all(one.data == b"" for one in sent) == (name == "nothing shared")
     wire = b"\n".join(map(on_the_wire, sent))
     assert all(one.data[:64] in wire and one.facts[:40].encode() in wire for one in sent)  # what is sent would be found
-    tokenizer = AutoTokenizer.from_pretrained(Path(sfedlora.__file__).parent / "assets" / "tiny_llama")
-    for text in chat_texts():
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        for dtype in ("<i4", "<i8"):
-            for start in range(max(1, len(ids) - 3)):
-                piece = np.asarray(ids[start : start + 4], dtype=dtype).tobytes()
-                assert len(piece) < 16 or piece not in wire
-        assert len(text) < 12 or text.encode() not in wire
-        assert len(text) < 12 or json.dumps(text)[1:-1].encode() not in wire
+    texts = texts_of(files)
+    private = token_bytes(texts) | {one for text in texts for one in (text.encode(), json.dumps(text)[1:-1].encode())}
+    assert len(private) > 500
+    assert {one for one in private if one in wire} == set()
 
 
 def test_a_head_of_its_own_is_in_no_message(tmp_path: Path) -> None:
