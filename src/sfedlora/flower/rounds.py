@@ -243,7 +243,7 @@ class Rounds:
                 continue
             replies[client_id] = reply
             if reply.trained:
-                updates[client_id] = spool.put(client_id, tensors)
+                updates[client_id] = spool.put(client_id, tensors) if tensors else tensors
                 bytes_up += len(answer.data) if isinstance(answer, Envelope) else 0
         answers = _Answers(replies, updates, failed, bytes_up, bytes_down)
         return answers if not again else _joined(answers, self._ask(state, again, spool, messages))

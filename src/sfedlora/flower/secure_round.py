@@ -162,6 +162,7 @@ def secure_part(
     newest = max((number for number in rounds if number < request.round_num), default=0)
     if request.personal_round != newest:
         raise MessageError(f"asked to use the B of round {request.personal_round}; the newest here is of {newest}")
+    weight = _weight(config, secure, num_examples)
     total = SecureSum(
         request.federation_id,
         request.round_num,
@@ -171,7 +172,6 @@ def secure_part(
     )
     sent = SentMessages(settings.keys.sent / safe_directory_name(request.federation_id))
     sent.require_alike(total)
-    weight = _weight(config, secure, num_examples)
     return SecurePart(total, request.client_id, weight, settings.keys, sent)
 
 
