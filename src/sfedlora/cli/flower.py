@@ -63,6 +63,17 @@ def certificates(
         typer.echo(str(path))
 
 
+@app.command("secure-key")
+def secure_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="New file for the private key.")],
+) -> None:
+    """Make a site's key for secure sums: the private half into FILE, for its owner only; prints the public half."""
+    _require_flower()
+    from sfedlora.flower.secure_keys import write_private_key
+
+    typer.echo(write_private_key(file))
+
+
 def _require_flower() -> None:
     if find_spec("flwr") is None:
         raise ConfigError("Flower is not installed; pip install 'sfedlora[flower]'")

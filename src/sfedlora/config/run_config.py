@@ -46,6 +46,8 @@ LARGEST_STACK = 1024
 MOST_WORKERS = 1024
 LARGEST_THREADS = 1024
 """More cannot be started on most systems, which ends the process."""
+FEWEST_SECURE_SITES = 3
+"""That of `privacy.secure_sum`, whose library a configuration does not need."""
 
 
 def _known_device(device: str) -> str:
@@ -200,12 +202,18 @@ class RunConfig(Section):
             attackers=self.robust_attackers,
             taken=self.robust_taken,
             cohort_size=self.rounds.cohort_size or self.partition.num_clients,
+            secure_sum=self.flower.secure_sum,
         )
         refusal = why_refused(protection)
         if refusal is not None:
             raise ValueError(refusal)
-        if self.privacy.example_clip_norm is None:
-            return
+        if self.flower.secure_sum:
+            self._check_secure_sum()
+        if self.privacy.example_clip_norm is not None:
+            self._check_example_privacy(several_ranks=protection.several_ranks)
+
+    def _check_example_privacy(self, *, several_ranks: bool) -> None:
+        """Examples are clipped one by one."""
         if self.local.accumulation != 1:
             raise ValueError(
                 f"privacy.example_clip_norm: needs local.accumulation: 1, so that an example is in a step once, got "
@@ -213,8 +221,23 @@ class RunConfig(Section):
             )
         if self.runner == "batched" or self.clients_per_batch not in ("auto", 1):
             raise ValueError("privacy.example_clip_norm: trains one client at a time; use runner: serial or auto")
-        if protection.several_ranks:
+        if several_ranks:
             raise ValueError("privacy.example_clip_norm: needs one rank for all clients; give one number in lora.rank")
+
+    def _check_secure_sum(self) -> None:
+        """A secure sum has enough sites in a round, and waits for all of them."""
+        num_sites, needed = len({*(self.flower.sites or ())}), self.flower.min_replies
+        cohort_size = min(self.rounds.cohort_size or num_sites, num_sites)
+        if cohort_size < FEWEST_SECURE_SITES:
+            raise ValueError(
+                f"flower.secure_sum: true needs at least {FEWEST_SECURE_SITES} sites in a round, or the sum tells one "
+                f"site's change to another; got {cohort_size} (flower.sites, rounds.cohort_size)"
+            )
+        if needed != cohort_size:
+            raise ValueError(
+                f"flower.min_replies: {needed}, but a secure sum opens only when all {cohort_size} sites of a round "
+                f"have answered; give {cohort_size}"
+            )
 
     def _check_ranks(self, method: Method) -> None:
         """A list of ranks fits the clients and the method."""

@@ -367,3 +367,26 @@ class FlowerSection(Section):
     """
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of factors on their way. bfloat16 halves the traffic and rounds every factor on each way."""
+    secure_sum: bool = False
+    """Sites send their changes under masks that cancel in the sum, so that the server learns the sum alone. Needs
+    `sites`, at least three in a round, `min_replies` of all of them, and keys at the sites; see docs/privacy.md."""
+    secure_limit: PositiveFloat | None = None
+    """Largest absolute value of an entry of a site's change in a round, times its weight; a site with a larger one
+    refuses, which ends the round. The sum of m sites is exact to about m^2 secure_limit / 2^32. Required with
+    `secure_sum`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.secure_sum:
+            if self.secure_limit is not None:
+                raise ValueError(f"secure_limit: {self.secure_limit:g} is not used without secure_sum; leave it out")
+            return self
+        if self.secure_limit is None:
+            raise ValueError(
+                "secure_sum: true needs flower.secure_limit, the largest absolute value of an entry of a change"
+            )
+        if self.wire_dtype != "float32":
+            raise ValueError(f"secure_sum: true sends whole numbers; use wire_dtype: float32, got {self.wire_dtype}")
+        if self.sites is None:
+            raise ValueError("secure_sum: true needs flower.sites, the client ids whose public keys the sites exchange")
+        return self

@@ -138,17 +138,20 @@ def _against_privacy(asked: Protection) -> Iterator[str]:
 def _against_secure_sum(asked: Protection) -> Iterator[str]:
     if not asked.secure_sum:
         return
-    name = asked.method.name
+    key, name = "flower.secure_sum: true", asked.method.name
     if not _sends(asked.method):
-        yield f"a secure sum hides what clients send, and method {name!r} sends nothing"
+        yield f"{key} hides what clients send, and method {name!r} sends nothing; leave it out"
     if not asked.method.traits.is_mean:
-        yield f"a secure sum shows no single update, which the server step of method {name!r} needs"
+        yield (
+            f"{key} shows no single update, which the server step of method {name!r} needs; use a method whose server "
+            "step is a mean"
+        )
     if asked.robust != "none":
-        yield f"a secure sum shows no single update, which robust: {asked.robust} needs; use one of them"
+        yield f"{key} shows no single update, which robust: {asked.robust} needs; use one of them"
     if asked.privacy == "central":
-        yield "a secure sum shows no single update to clip, as privacy.mode: central does; use privacy.mode: local"
+        yield f"{key} shows no single update to clip, as privacy.mode: central does; use privacy.mode: local"
     if asked.several_ranks:
-        yield "a secure sum adds updates of one length and needs one rank for all clients; give one number in lora.rank"
+        yield f"{key} adds updates of one length and needs one rank for all clients; give one number in lora.rank"
 
 
 def _sends(method: Method) -> bool:

@@ -20,7 +20,7 @@ from sfedlora.methods.base import Weighting
 from sfedlora.privacy.mechanism import Privacy, noise_key, noised_mean, with_noise_key
 from sfedlora.types import LoraSizes, ServerState, Tensors, Update, select_parts
 
-__all__ = ["ServerRules", "accept_updates", "server_step", "server_step_with_record"]
+__all__ = ["ServerRules", "accept_updates", "server_step", "server_step_by_change", "server_step_with_record"]
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,26 @@ def server_step_with_record(
         raise RunError(f"round {round_num}: every client of the cohort failed ({reasons})")
     state = with_noise_key(rules.privacy, state)
     after, record = _aggregated(rules, state, updates)
-    if rules.server_optimizer is not None:
-        after = apply_server_optimizer(rules.server_optimizer, state, after, rules.method.shared_parts(round_num))
-    return after, record
+    return _optimized(rules, state, after), record
+
+
+def server_step_by_change(rules: ServerRules, state: ServerState, change: Tensors) -> ServerState:
+    """The state after a round of which only the weighted sum of the clients' changes is known.
+
+    Args:
+        rules: constants of the run, of a method whose server step is a mean.
+        state: the state before the round; not changed.
+        change: sum_k p_k (X_k - X) of every factor X that the round shares, in float64.
+    """
+    factors = {name: (state.shared[name].double() + one).to(state.shared[name].dtype) for name, one in change.items()}
+    return _optimized(rules, state, _moved(state, factors))
+
+
+def _optimized(rules: ServerRules, state: ServerState, after: ServerState) -> ServerState:
+    """A step of the server optimizer along the change, where there is one."""
+    if rules.server_optimizer is None:
+        return after
+    return apply_server_optimizer(rules.server_optimizer, state, after, rules.method.shared_parts(after.round_num))
 
 
 def _aggregated(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sfedlora.flower.exchange import Lost
 from sfedlora.flower.protocol import (
@@ -11,8 +15,10 @@ from sfedlora.flower.protocol import (
     MessageError,
     RoundReply,
     RoundRequest,
+    SecureRound,
     open_facts,
     open_failure,
+    open_masked,
     open_tensors,
     seal,
 )
@@ -22,7 +28,7 @@ from sfedlora.methods import client_factors
 from sfedlora.setup.server import PreparedServer
 from sfedlora.types import Part, ServerState, Tensors, select_parts
 
-__all__ = ["LostStateError", "Task", "open_reply", "request_of"]
+__all__ = ["LostStateError", "Task", "open_masked_reply", "open_reply", "request_of"]
 
 
 class LostStateError(MessageError):
@@ -41,6 +47,7 @@ class Task:
         evaluate: the splits to evaluate.
         train: whether to train then.
         write_adapter: whether to write its adapter.
+        secure: the secure sum that its change is to enter, if it trains; None: it sends its factors.
     """
 
     client_id: str
@@ -50,19 +57,21 @@ class Task:
     evaluate: tuple[Literal["validation", "test"], ...] = ()
     train: bool = False
     write_adapter: bool = False
+    secure: SecureRound | None = None
 
 
 def request_of(server: PreparedServer, state: ServerState, task: Task) -> Envelope:
     """The message that carries a task: the shared factors and base deltas, all of them.
 
-    A site without a B of its own also gets the server's initial head.
+    A site without a B of its own also gets the server's initial head; in a secure round all do, since what sites are
+    told must be alike.
     """
     rules, method, flower = server.rules, server.rules.method, server.config.flower
     size = rules.sizes.of(task.client_id)
     shared = client_factors(method, state.shared, server=rules.sizes.server, client=size)
     tensors = {SHARED + name: tensor for name, tensor in shared.items()}
     tensors |= {EXTRA + name: tensor for name, tensor in select_deltas(state.extra).items()}
-    if task.personal_round == 0:
+    if task.personal_round == 0 or task.secure is not None:
         own = select_parts(server.initial, method.personal_parts() - {Part.B})
         own = dict(client_factors(method, own, server=rules.sizes.server, client=size))
         tensors |= {INITIAL + name: tensor for name, tensor in own.items()}
@@ -80,7 +89,8 @@ def request_of(server: PreparedServer, state: ServerState, task: Task) -> Envelo
         train=task.train,
         write_adapter=task.write_adapter,
         metrics=flower.metrics != "none",
-        wire_dtype=flower.wire_dtype,
+        wire_dtype=flower.wire_dtype if task.secure is None else "uint32",
+        secure=task.secure,
     )
     return seal(request, tensors, dtype=flower.wire_dtype)
 
@@ -93,6 +103,24 @@ def open_reply(
     Raises:
         MessageError: there is none, it reports a failure, or it is not what was asked for.
     """
+    reply, opened, expected = _checked(server, state, task, answer)
+    if task.train and opened.dtype != server.config.flower.wire_dtype:
+        raise MessageError(f"factors in {opened.dtype}; asked for {server.config.flower.wire_dtype}")
+    return reply, open_tensors(opened, reply.layout, expected)
+
+
+def open_masked_reply(
+    server: PreparedServer, state: ServerState, task: Task, answer: Envelope | Lost
+) -> tuple[RoundReply, NDArray[np.uint32]]:
+    """`open_reply` in a secure round: what comes is whole numbers under masks, of which no value can be checked."""
+    reply, opened, expected = _checked(server, state, task, answer)
+    return reply, open_masked(opened, reply.layout, expected)
+
+
+def _checked(
+    server: PreparedServer, state: ServerState, task: Task, answer: Envelope | Lost
+) -> tuple[RoundReply, Envelope, Mapping[str, tuple[int, ...]]]:
+    """The facts of a reply, the message itself, and which factors it must hold."""
     if isinstance(answer, Lost):
         raise MessageError(answer.reason)
     failure = open_failure(answer)
@@ -106,12 +134,9 @@ def open_reply(
             f"{round_num}"
         )
     _require_as_asked(server, task, reply)
-    if task.train and answer.dtype != server.config.flower.wire_dtype:
-        raise MessageError(f"factors in {answer.dtype}; asked for {server.config.flower.wire_dtype}")
     rules = server.rules
     parts = rules.method.shared_parts(round_num) if task.train else ()
-    expected = server.skeleton.layout.shapes(rules.sizes.of(task.client_id).rank, parts)
-    return reply, open_tensors(answer, reply.layout, expected)
+    return reply, answer, server.skeleton.layout.shapes(rules.sizes.of(task.client_id).rank, parts)
 
 
 def _require_as_asked(server: PreparedServer, task: Task, reply: RoundReply) -> None:

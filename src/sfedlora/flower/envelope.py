@@ -9,8 +9,9 @@ from sfedlora.errors import SfedLoraError
 
 __all__ = ["ITEM_BYTES", "Envelope", "MessageError", "WireDtype", "failure", "quoted"]
 
-WireDtype = Literal["float32", "bfloat16"]
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+WireDtype = Literal["float32", "bfloat16", "uint32"]
+"""uint32: whole numbers under masks, where a secure sum was asked for."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "uint32": 4}
 QUOTED_LENGTH = 100
 
 

@@ -15,7 +15,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -37,11 +39,14 @@ __all__ = [
     "MessageError",
     "RoundReply",
     "RoundRequest",
+    "SecureRound",
     "config_digest",
     "open_facts",
     "open_failure",
+    "open_masked",
     "open_tensors",
     "seal",
+    "seal_masked",
 ]
 
 PROTOCOL = 1
@@ -58,7 +63,7 @@ Shape = Annotated[list[Annotated[int, Field(ge=1, le=1_000_000_000)]], Field(max
 Layout = list[tuple[Name, Shape]]
 """No size is 0, so a layout that fits its bytes is no larger than they are."""
 FailureCode = Literal[
-    "settings", "data", "model", "state", "lost-state", "training", "diverged", "memory", "message", "internal"
+    "settings", "data", "model", "state", "lost-state", "training", "diverged", "limit", "memory", "message", "internal"
 ]
 
 
@@ -109,6 +114,18 @@ class HelloReply(_Facts):
     versions: Annotated[dict[Name, Name], Field(max_length=50)]
 
 
+class SecureRound(_Facts):
+    """A round whose updates the server sees summed up only; all sites of the cohort are told the same.
+
+    Attributes:
+        cohort: the sites whose changes are added.
+        num_examples: their training examples together, of which a site's own are its weight; None: uniform weights.
+    """
+
+    cohort: Annotated[list[ClientId], Field(max_length=10_000)]
+    num_examples: Annotated[int, Field(ge=1, le=10**13)] | None = None
+
+
 class RoundRequest(_Facts):
     """What a site is to do with the shared factors after round `round_num - 1`.
 
@@ -125,6 +142,7 @@ class RoundRequest(_Facts):
         write_adapter: whether to write the adapter that the site serves now.
         metrics: whether to send back what was measured.
         wire_dtype: number format of the reply.
+        secure: the secure sum that the site's change is to enter; None: it sends its factors as they are.
         layout: names and shapes of the factors, in the order of the flat array.
     """
 
@@ -143,6 +161,7 @@ class RoundRequest(_Facts):
     write_adapter: bool = False
     metrics: bool
     wire_dtype: WireDtype
+    secure: SecureRound | None = None
     layout: Layout = []
 
 
@@ -207,7 +226,7 @@ _WITH_LAYOUT = (RoundRequest, RoundReply)
 
 
 def seal(facts: _Facts, tensors: Tensors | None = None, *, dtype: WireDtype = "float32") -> Envelope:
-    """Pack facts and tensors; bfloat16 rounds them to nearest even."""
+    """Pack facts and tensors as float32, or as bfloat16, which rounds them to nearest even."""
     given = dict(tensors or {})
     if isinstance(facts, _WITH_LAYOUT):
         layout = [(name, list(tensor.shape)) for name, tensor in given.items()]
@@ -218,6 +237,13 @@ def seal(facts: _Facts, tensors: Tensors | None = None, *, dtype: WireDtype = "f
         flat[start : start + tensor.numel()].copy_(tensor.reshape(-1))
         start += tensor.numel()
     return Envelope(facts.model_dump_json(), dtype, flat.view(torch.uint8).numpy().tobytes())
+
+
+def seal_masked(facts: RoundReply, shapes: Mapping[str, tuple[int, ...]], message: NDArray[np.uint32]) -> Envelope:
+    """Pack a message of a secure sum; `shapes` are those of the factors whose changes it holds, in its order."""
+    layout = [(name, list(shape)) for name, shape in shapes.items()]
+    facts = facts.model_copy(update={"layout": layout})
+    return Envelope(facts.model_dump_json(), "uint32", message.astype("<u4", copy=False).tobytes())
 
 
 def open_facts(envelope: Envelope, kind: type[Facts]) -> Facts:
@@ -279,6 +305,31 @@ def open_tensors(
         if not bool(torch.isfinite(tensors[name]).all()):
             raise MessageError(f"tensor {name!r} holds NaN or infinite values")
     return tensors
+
+
+def open_masked(
+    envelope: Envelope, layout: list[tuple[str, list[int]]], expected: Mapping[str, tuple[int, ...]]
+) -> NDArray[np.uint32]:
+    """(n,) the message of a secure sum in an envelope.
+
+    Args:
+        envelope: the message.
+        layout: the layout that its facts state.
+        expected: name -> shape of the factors, in order.
+
+    Raises:
+        MessageError: another number format, another layout or order, or another number of bytes.
+    """
+    if envelope.dtype != "uint32":
+        raise MessageError(f"factors in {envelope.dtype}; asked for a message of a secure sum in uint32")
+    stated = [(name, tuple(shape)) for name, shape in layout]
+    if stated != list(expected.items()):
+        differs = dict(stated) != dict(expected)
+        raise MessageError(_difference(dict(stated), expected) if differs else "the layout has another order")
+    num_bytes = sum(math.prod(shape) for shape in expected.values()) * ITEM_BYTES["uint32"]
+    if num_bytes != len(envelope.data):
+        raise MessageError(f"{len(envelope.data)} bytes of factors; the layout needs {num_bytes}")
+    return np.frombuffer(envelope.data, "<u4").astype(np.uint32, copy=False)
 
 
 def config_digest(config: RunConfig) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from sfedlora.experiment import with_best
 from sfedlora.federation.evaluate import EvalResult
 from sfedlora.federation.round import protection_record
 from sfedlora.federation.sampling import choose_evaluated, sample_cohort
-from sfedlora.federation.server_step import accept_updates, server_step_with_record
+from sfedlora.federation.server_step import accept_updates, server_step_by_change, server_step_with_record
 from sfedlora.federation.spool import Spool
 from sfedlora.federation.state import FederationState
-from sfedlora.flower.asking import LostStateError, Task, open_reply, request_of
-from sfedlora.flower.protocol import Envelope, MessageError, RoundReply
+from sfedlora.flower.asking import LostStateError, Task, open_masked_reply, open_reply, request_of
+from sfedlora.flower.protocol import Envelope, MessageError, RoundReply, SecureRound
+from sfedlora.flower.secure_round import Messages, secure_round
 from sfedlora.flower.server_record import (
     Split,
     describe,
@@ -116,13 +117,17 @@ class Rounds:
         """The round after a checkpoint."""
         state, progress, rules = checkpoint.state.server, checkpoint.progress, self._server.rules
         round_num, least = state.round_num + 1, self._flower.min_replies
-        self._sites.wait_for(least, enough=least, seconds=self._flower.join_deadline_seconds)
+        expected = len(self._sites.known) if self._flower.secure_sum else least
+        self._sites.wait_for(expected, enough=least, seconds=self._flower.join_deadline_seconds)
         accepted = self._accepted()
         cohort, evaluated = self._cohort(round_num), self._evaluated(state.round_num)
         if state.round_num % self._server.rounds.evaluate_every:
             evaluated = ()
         splits: Splits = ("validation",) if state.round_num else ("validation", "test")
         clock = time.perf_counter()
+        secure = secure_round(
+            self._server.config, {client_id: self._sites.known[client_id].num_examples for client_id in cohort}
+        )
         tasks = [
             self._task(
                 client_id,
@@ -130,10 +135,12 @@ class Rounds:
                 progress,
                 evaluate=splits if client_id in evaluated else (),
                 train=client_id in cohort,
+                secure=secure if client_id in cohort else None,
             )
             for client_id in sorted({*cohort, *evaluated})
         ]
-        answers = self._ask(state, tasks, spool)
+        messages = None if secure is None else Messages(self._server.config, round_num, secure)
+        answers = self._ask(state, tasks, spool, messages)
         train_seconds = time.perf_counter() - clock
         results = {split: evaluation_results(answers.replies, split) for split in splits}
         if state.round_num:
@@ -147,10 +154,16 @@ class Rounds:
             Update(client_id, round_num, self._sites.known[client_id].num_examples, tensors)
             for client_id, tensors in sorted(answers.updates.items())
         ]
-        updates, refused = accept_updates(rules, state, offered)
-        excluded |= refused
-        _require_enough(round_num, len(updates), least, excluded)
-        after, step_record = server_step_with_record(rules, state, updates, excluded)
+        if messages is None:
+            updates, refused = accept_updates(rules, state, offered)
+            excluded |= refused
+            _require_enough(round_num, len(updates), least, excluded)
+            after, step_record = server_step_with_record(rules, state, updates, excluded)
+        else:
+            updates = offered  # without factors: the server has their sum only
+            shapes = self._server.skeleton.layout.shapes(rules.sizes.server.rank, rules.method.shared_parts(round_num))
+            after = server_step_by_change(rules, state, messages.opened(shapes, excluded))
+            step_record = {"secure_sum": True}
         for update in updates:
             self._sites.accept(update.client_id, round_num)
         record = trained_record(self._server, round_num, cohort, updates, answers.replies, excluded) | {
@@ -190,6 +203,7 @@ class Rounds:
         evaluate: Splits = (),
         train: bool = False,
         write_adapter: bool = False,
+        secure: SecureRound | None = None,
     ) -> Task:
         return Task(
             client_id,
@@ -199,9 +213,16 @@ class Rounds:
             evaluate=evaluate,
             train=train,
             write_adapter=write_adapter,
+            secure=secure,
         )
 
-    def _ask(self, state: ServerState, tasks: Sequence[Task], spool: Spool) -> _Answers:
+    def _ask(
+        self, state: ServerState, tasks: Sequence[Task], spool: Spool, messages: Messages | None = None
+    ) -> _Answers:
+        """Ask sites; what they send goes to the spool, or in a secure round into the sum.
+
+        A run of secure rounds cannot do without a site, so one that has lost its state is asked again at once.
+        """
         by_client = {task.client_id: task for task in tasks}
         bytes_up = bytes_down = 0
 
@@ -215,20 +236,30 @@ class Rounds:
         replies: dict[str, RoundReply] = {}
         updates: dict[str, Tensors] = {}
         failed: dict[str, str] = {}
+        again: list[Task] = []
         for client_id, answer in self._sites.ask(by_client, request_for, seconds=seconds):
+            task = by_client[client_id]
+            tensors: Tensors = {}
             try:
-                reply, tensors = open_reply(self._server, state, by_client[client_id], answer)
+                if messages is None or not task.train:
+                    reply, tensors = open_reply(self._server, state, task, answer)
+                else:
+                    reply, message = open_masked_reply(self._server, state, task, answer)
+                    messages.add(client_id, message)
             except MessageError as error:
                 failed[client_id] = str(error)
                 self._log(f"round {state.round_num + 1}: site {client_id!r} is excluded: {error}")
                 if isinstance(error, LostStateError):
                     self._sites.accept(client_id, 0)
+                    if self._flower.secure_sum and task.personal_round:
+                        again.append(replace(task, personal_round=0))
                 continue
             replies[client_id] = reply
             if reply.trained:
-                updates[client_id] = spool.put(client_id, tensors)
+                updates[client_id] = spool.put(client_id, tensors) if tensors else tensors
                 bytes_up += len(answer.data) if isinstance(answer, Envelope) else 0
-        return _Answers(replies, updates, failed, bytes_up, bytes_down)
+        answers = _Answers(replies, updates, failed, bytes_up, bytes_down)
+        return answers if not again else _joined(answers, self._ask(state, again, spool, messages))
 
     def _evaluate(
         self,
@@ -281,6 +312,17 @@ class Rounds:
         )
         tensors = {**server.initial, **state.shared}
         write_served(self._directory.adapter_path(None), tensors, state.extra, server.rules.sizes.server, facts)
+
+
+def _joined(first: _Answers, second: _Answers) -> _Answers:
+    """The answers of sites of which some were asked twice."""
+    return _Answers(
+        {**first.replies, **second.replies},
+        {**first.updates, **second.updates},
+        {key: reason for key, reason in first.failed.items() if key not in second.replies} | dict(second.failed),
+        first.bytes_up + second.bytes_up,
+        first.bytes_down + second.bytes_down,
+    )
 
 
 def _require_enough(round_num: int, num_usable: int, least: int, excluded: Mapping[str, str]) -> None:

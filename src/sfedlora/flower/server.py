@@ -85,10 +85,10 @@ def _sites(config: RunConfig, skeleton: Skeleton, exchange: Exchange, log: Log) 
 
 
 def _wait(config: RunConfig, sites: Sites, num_sites: int) -> None:
-    """Until the sites that the federation begins with are connected."""
+    """Until the sites that the federation begins with are connected; with secure sums its sites never change."""
     sites.wait_for(
         num_sites,
-        enough=min(config.flower.min_replies, num_sites),
+        enough=num_sites if config.flower.secure_sum else min(config.flower.min_replies, num_sites),
         seconds=config.flower.join_deadline_seconds,
     )
 

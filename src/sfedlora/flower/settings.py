@@ -13,10 +13,22 @@ from typing import Any
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError
 from sfedlora.flower.protocol import MAX_CLIENT_ID, config_digest
+from sfedlora.flower.secure_keys import SiteKeys, read_site_keys
 
 __all__ = ["SiteSettings", "app_config", "site_settings"]
 
-_KEYS = ("client-id", "columns", "data", "device", "model", "state-dir", "trainer", "trainer-idle-seconds")
+_SECURE_KEYS = ("secure-key", "secure-public-keys")
+_KEYS = (
+    "client-id",
+    "columns",
+    "data",
+    "device",
+    "model",
+    *_SECURE_KEYS,
+    "state-dir",
+    "trainer",
+    "trainer-idle-seconds",
+)
 _TRAINERS = ("process", "none")
 _SIMULATION_KEYS = ("partition-id", "num-partitions")
 
@@ -30,12 +42,14 @@ class SiteSettings:
         digest: of the federation's configuration before that.
         client_id: its name; None: it plays all clients of a simulation.
         state_dir: where it keeps what never leaves it.
+        keys: for secure sums; None without them.
     """
 
     config: RunConfig
     digest: str
     client_id: str | None
     state_dir: Path
+    keys: SiteKeys | None = None
 
 
 def app_config(config_path: Path, run_config: Mapping[str, Any]) -> RunConfig:
@@ -65,6 +79,11 @@ def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSett
     if unknown:
         raise ConfigError(f"node config: unknown key {unknown[0]!r}; known keys: {', '.join(_KEYS)}")
     if "client-id" not in node_config and "num-partitions" in node_config:
+        if config.flower.secure_sum:
+            raise ConfigError(
+                "flower.secure_sum: the clients of a simulation have no keys; simulate with overrides="
+                "'flower.secure_sum=false flower.secure_limit=null'"
+            )
         return SiteSettings(config, digest, None, Path(f"{config.output}-sites"))
     for key in ("client-id", "data", "state-dir"):
         if node_config.get(key) in (None, ""):
@@ -80,7 +99,16 @@ def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSett
         own["model.source"] = str(node_config["model"])
     if "device" in node_config:
         own["device"] = str(node_config["device"])
-    return SiteSettings(config.with_values(own), digest, client_id, Path(str(node_config["state-dir"])))
+    keys = _site_keys(config, client_id, node_config) if config.flower.secure_sum else None
+    return SiteSettings(config.with_values(own), digest, client_id, Path(str(node_config["state-dir"])), keys)
+
+
+def _site_keys(config: RunConfig, client_id: str, node_config: Mapping[str, Any]) -> SiteKeys:
+    for key in _SECURE_KEYS:
+        if node_config.get(key) in (None, ""):
+            raise ConfigError(f"node config: {key} is missing, which flower.secure_sum needs; see docs/deployment.md")
+    private, public = (Path(str(node_config[key])) for key in _SECURE_KEYS)
+    return read_site_keys(client_id, private, public, sites=config.flower.sites or ())
 
 
 def _require_trainer(node_config: Mapping[str, Any]) -> None:

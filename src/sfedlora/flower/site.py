@@ -47,12 +47,15 @@ from sfedlora.flower.protocol import (
     open_facts,
     open_tensors,
     seal,
+    seal_masked,
 )
+from sfedlora.flower.secure_round import SecurePart, secure_part
 from sfedlora.flower.settings import SiteSettings, app_config, site_settings
 from sfedlora.flower.site_store import SiteStore
 from sfedlora.lora.base_delta import select_deltas
 from sfedlora.privacy.mechanism import NOISE_KEY, noise_key, privatized
 from sfedlora.privacy.noise import derive_key
+from sfedlora.privacy.secure_sum import LimitError
 from sfedlora.setup.environment import library_versions
 from sfedlora.setup.site import SiteData, adapt_site, load_site
 from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, select_parts
@@ -69,6 +72,7 @@ _FAILURES: tuple[tuple[type[Exception], FailureCode], ...] = (
     (ConfigError, "settings"),
     (InputError, "settings"),
     (StorageError, "state"),
+    (LimitError, "limit"),
 )
 
 
@@ -142,6 +146,8 @@ class Site:
         store = SiteStore.at(self._settings.state_dir, request.federation_id, client_id)
         if request.personal_round and request.personal_round not in store.rounds():
             raise _LostStateError
+        num_examples = len(data.splits[client_id].train)
+        part = secure_part(self._settings, request, envelope, num_examples=num_examples, rounds=store.rounds())
         tensors = open_tensors(envelope, request.layout, None)
         federation = self._adapted(request)
         state = _state_of(federation, request, tensors, store)
@@ -152,7 +158,7 @@ class Site:
         reply = RoundReply(
             client_id=client_id,
             round_num=request.round_num,
-            num_examples=len(data.splits[client_id].train),
+            num_examples=num_examples,
             trained=request.train,
             personal_round=request.personal_round,
             evaluated={split: _sent(result) for split, result in evaluated.items()} if request.metrics else {},
@@ -160,9 +166,6 @@ class Site:
         if not request.train:
             return seal(reply)
         outcome, work = _train(federation, state, client_id)
-        after = with_outcomes(federation, state, {client_id: outcome})
-        store.save(request.round_num, after.personal[client_id], after.optimizer.get(client_id, {}))
-        store.keep({request.round_num, request.personal_round, *request.kept_rounds})
         if request.metrics:
             gain = gain_of(work.start, work.size.scaling)
             reply = reply.model_copy(update={"measured": _measured(outcome.metrics, gain)})
@@ -171,7 +174,11 @@ class Site:
         if privacy is not None and privacy.mode == "local":
             key = derive_key(noise_key(privacy, state.server), "client", client_id)
             update = privatized(privacy, work.start, update, round_num=request.round_num, key=key).tensors
-        return seal(reply, update, dtype=request.wire_dtype)
+        answer = _sealed(federation, state, request, reply, update, part)
+        after = with_outcomes(federation, state, {client_id: outcome})
+        store.save(request.round_num, after.personal[client_id], after.optimizer.get(client_id, {}))
+        store.keep({request.round_num, request.personal_round, *request.kept_rounds})
+        return answer
 
     def _require_sound(self, request: RoundRequest) -> None:
         """Refuse what no server of this configuration asks for.
@@ -310,6 +317,21 @@ def _train(federation: Federation, state: FederationState, client_id: str) -> tu
     if isinstance(result, ClientError):
         raise result
     return result, work
+
+
+def _sealed(  # noqa: PLR0917 - what is sent, and how
+    federation: Federation,
+    state: FederationState,
+    request: RoundRequest,
+    reply: RoundReply,
+    update: Tensors,
+    part: SecurePart | None,
+) -> Envelope:
+    """A reply with the factors that the site sends, or with its message of a secure sum."""
+    if part is None:
+        return seal(reply, update, dtype=request.wire_dtype)
+    shapes = federation.resident.layout.shapes(request.rank, federation.method.shared_parts(request.round_num))
+    return seal_masked(reply, shapes, part.message(state.server.shared, update, list(shapes)))
 
 
 def _measured(metrics: TrainMetrics, gain: float) -> Measured:

@@ -6,8 +6,8 @@ recovery of dropouts. Site i of a cohort sends, entry by entry modulo 2^32,
     y_i = q(x_i) + sum_{j > i} mask_ij - sum_{j < i} mask_ij          q(x) = round(x s),  s = (2^31 - 1 - m) / (m limit)
 
 and sum_i y_i = sum_i q(x_i). mask_ij is a ChaCha20 stream whose key comes by X25519 and HKDF-SHA256 from the keys of i
-and j, the federation, the round and the cohort. Sites exchange public keys beforehand, apart from the server: one that
-hands out the keys could put its own in their place.
+and j, the federation, the round, the cohort and the terms. Sites exchange public keys beforehand, apart from the
+server: one that hands out the keys could put its own in their place.
 
 The server, and sites that tell it all they know, learn the sum over the other sites, which is why a cohort has three at
 least. Nobody can check a single update: for outliers, for its norm, or for values that are not finite; one site can
@@ -32,11 +32,24 @@ from numpy.typing import NDArray
 
 from sfedlora.errors import ConfigError, RunError
 
-__all__ = ["SecureSum", "masked", "new_private_key", "opened", "public_key_of", "with_message"]
+__all__ = [
+    "FEWEST_SITES",
+    "LimitError",
+    "SecureSum",
+    "masked",
+    "new_private_key",
+    "opened",
+    "public_key_of",
+    "with_message",
+]
 
 FEWEST_SITES = 3
 BLOCK_VALUES = 1 << 20
 """Entries of a mask that are made at once."""
+
+
+class LimitError(RunError):
+    """A site's value is beyond the limit, or is not finite."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,15 @@ class SecureSum:
         round_num: the round.
         cohort: the sites whose updates are added, all of them.
         limit: largest absolute value of an entry; the sum is exact to about m^2 limit / 2^32.
+        terms: digest of whatever else all sites must have been told alike; masks of sites with other terms do not
+            cancel.
     """
 
     federation_id: str
     round_num: int
     cohort: tuple[str, ...]
     limit: float
+    terms: str = ""
 
     @property
     def scale(self) -> float:
@@ -85,12 +101,12 @@ def masked(
 
     Raises:
         ConfigError: fewer than three sites, or a key is missing.
-        RunError: a value beyond the limit or not finite, which nobody else could find.
+        LimitError: a value beyond the limit or not finite, which nobody else could find.
     """
     _require_cohort(total, site, public_keys)
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= total.limit:
-        raise RunError(f"secure sum: a value of {largest:g} is beyond the limit of {total.limit:g}; raise the limit")
+        raise LimitError(f"secure sum: a value of {largest:g} is beyond the limit of {total.limit:g}; raise the limit")
     message = np.rint(values.astype(np.float64) * total.scale).astype(np.int64).astype(np.uint32)
     own = X25519PrivateKey.from_private_bytes(private_key)
     for other in sorted(total.cohort):
@@ -142,7 +158,7 @@ def _require_cohort(total: SecureSum, site: str, public_keys: Mapping[str, bytes
 
 def _mask_key(total: SecureSum, shared: bytes, site: str, other: str) -> bytes:
     """The key of a pair's mask in this sum; both sides compute the same."""
-    words = [total.federation_id, str(total.round_num), *sorted((site, other)), *sorted(total.cohort)]
+    words = [total.federation_id, str(total.round_num), *sorted((site, other)), *sorted(total.cohort), total.terms]
     info = b"sfedlora secure sum" + b"".join(b"%d:%s" % (len(raw), raw) for raw in (word.encode() for word in words))
     return HKDF(SHA256(), 32, salt=None, info=info).derive(shared)
 
