@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from sfedlora.cli import compare, demo, evaluate, export, init, personalize, probe, report, resume, run
@@ -15,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-GROUPS = {
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Begin": (demo.demo, init.init, probe.probe),
     "Run": (run.run, compare.compare, resume.resume),
     "Look at what came out": (report.report, evaluate.evaluate),

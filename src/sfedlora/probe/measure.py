@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from sfedlora.config import RunConfig
 from sfedlora.data.partition import ClientSplit
@@ -219,7 +219,12 @@ def _set_up(config: RunConfig, plan: Plan) -> _Bench:
     """Load the model once, with the user's own clients, and deal a slice of their rows to the probe's clients."""
     own = config.lora.rank
     rank = own if isinstance(own, int) else max(own)
-    values = {"method.name": "fedsa", "method.head": "auto", "lora.scaling": "sfed", "lora.init": "independent"}
+    values: dict[str, Any] = {
+        "method.name": "fedsa",
+        "method.head": "auto",
+        "lora.scaling": "sfed",
+        "lora.init": "independent",
+    }
     values |= {"lora.rank": rank, "lora.rank_assignment": "listed", "rounds.server_optimizer": "none"}
     values |= {"runner": "serial", "clients_per_batch": 1, "workers": 1, "local.optimizer_state": "reset"}
     with warnings.catch_warnings():
