@@ -59,7 +59,12 @@ def test_a_recipe_works_on_rows_of_its_form(path: Path, tmp_path: Path) -> None:
     config = RunConfig.load(path)
     source = str(write_rows(config.data.source, tmp_path))
     model = "package:sfedlora/assets/tiny_llama"
-    replaced = {"model.source": model, "data.source": source, "data.subset": None, "model.dtype": "float32"}
+    replaced: dict[str, Any] = {
+        "model.source": model,
+        "data.source": source,
+        "data.subset": None,
+        "model.dtype": "float32",
+    }
     replaced |= {"lora.rank": 4, "threads": 1, "output": str(tmp_path / "run"), "runner": "serial"}
     if config.data.template == "alpaca":
         replaced["data.max_length"] = 128

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("train_a", [False, True])
 def test_a_new_client_gets_its_own_b(folder: Path, tmp_path: Path, capsys: Capture, train_a: bool) -> None:
-    flags = ["--data", folder / "new.jsonl", "--output", tmp_path / "own", "--steps", "12"]
+    flags = ["--data", str(folder / "new.jsonl"), "--output", str(tmp_path / "own"), "--steps", "12"]
     outcome = sfedlora(capsys, "personalize", folder / "run", *flags, *(["--train-a"] if train_a else []))
     assert outcome.code == 0, outcome.err
     record = json.loads((tmp_path / "own" / "personalize.json").read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def test_a_new_client_gets_its_own_b(folder: Path, tmp_path: Path, capsys: Captu
 
 
 def test_stock_peft_gives_the_loss_that_was_reported(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    flags = ["--data", folder / "new.jsonl", "--output", tmp_path / "own", "--steps", "12"]
+    flags = ["--data", str(folder / "new.jsonl"), "--output", str(tmp_path / "own"), "--steps", "12"]
     assert sfedlora(capsys, "personalize", folder / "run", *flags).code == 0
     record = json.loads((tmp_path / "own" / "personalize.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_llama")
@@ -79,7 +79,7 @@ def test_stock_peft_gives_the_loss_that_was_reported(folder: Path, tmp_path: Pat
 
 
 def test_what_cannot_be_joined_is_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    data = ["--data", folder / "new.jsonl"]
+    data = ["--data", str(folder / "new.jsonl")]
     (tmp_path / "there").mkdir()
     outcome = sfedlora(capsys, "personalize", folder / "run", *data, "--output", tmp_path / "there")
     assert (outcome.code, "already exists" in outcome.err) == (2, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -36,7 +37,10 @@ def test_a_grid_runs_once(tiny_config: Path, tmp_path: Path, capsys: Capsys) -> 
         assert set(line) == {"cell", "settings", "run_dir", "summary"}
         assert line["settings"]["seed"] == 3
         run_dir = Path(line["run_dir"])
-        assert line["summary"] == json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        for when, split in itertools.product(("initial", "last", "best"), ("validation", "test")):
+            assert len(summary[when][split].pop("clients")) == 3  # single clients stay in the run directory
+        assert line["summary"] == summary
         environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
         assert line["settings"]["gamma"] == environment["scaling"]["gamma"]
     before = (tmp_path / "grid" / "results.jsonl").read_bytes()

@@ -66,8 +66,8 @@ def measured(**changes: Any) -> Measurements:
 def test_slopes_are_those_the_numbers_were_made_with() -> None:
     for slopes in slopes_of(law_cells()):
         p, q = EXPONENTS[slopes.rule, slopes.init]
-        assert (slopes.grad_b_rank, slopes.grad_b_clients) == (pytest.approx(p), pytest.approx(q))
-        assert (slopes.gain_rank, slopes.gain_clients) == (pytest.approx(2 * p), pytest.approx(2 * q))
+        found = (slopes.grad_b_rank, slopes.grad_b_clients, slopes.gain_rank, slopes.gain_clients)
+        assert found == pytest.approx((p, q, 2 * p, 2 * q))
         assert slopes.grad_a_clients == pytest.approx(0.9)
 
 
