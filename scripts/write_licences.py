@@ -10,6 +10,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "promises.md"
@@ -31,9 +32,9 @@ def direct_dependencies() -> dict[str, str]:
 
 def licence_of(name: str) -> str:
     """The licence that a distribution states: its expression, its classifiers, or its licence field."""
-    facts = metadata.metadata(name)
+    facts: Any = metadata.metadata(name)  # an email message; its stub lacks `get`
     if expression := facts.get("License-Expression"):
-        return expression
+        return str(expression)
     prefix = "License :: OSI Approved :: "
     classifiers = [text.removeprefix(prefix) for text in facts.get_all("Classifier", []) if text.startswith(prefix)]
     lines = (facts.get("License") or "not stated").strip().splitlines()
