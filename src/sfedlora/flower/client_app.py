@@ -46,8 +46,8 @@ def _reply(message: Message, context: Context, config_path: Path) -> Message:
 
 
 def _answer(message: Message, context: Context, config_path: Path) -> Envelope:
-    node, run = dict(context.node_config), dict(context.run_config)
-    settings = json.dumps({"config": str(config_path), "run": run, "node": _without_position(node)}, sort_keys=True)
+    node = dict(context.node_config)
+    settings = _settings(config_path, node, dict(context.run_config))
     try:
         envelope = from_records(message.content)
         if "client-id" in node and node.get("trainer", "process") != "none":
@@ -72,6 +72,13 @@ def _site(settings: str) -> Site:
     from sfedlora.flower.site import open_site
 
     return open_site(settings)
+
+
+def _settings(config_path: Path, node: Mapping[str, object], run: Mapping[str, object]) -> str:
+    """What a site depends on, so that a run that is resumed finds the trainer that is there."""
+    needed = ("overrides",) if "client-id" in node else ("overrides", "output")
+    own = {key: run[key] for key in needed if key in run}
+    return json.dumps({"config": str(config_path), "run": own, "node": _without_position(node)}, sort_keys=True)
 
 
 def _without_position(node: Mapping[str, object]) -> Mapping[str, object]:
