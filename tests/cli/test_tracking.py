@@ -15,6 +15,7 @@ from support.command_line import sfedlora, write_config
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_round(tmp_path: Path) -> None:
     """In a process of its own: tensorboard's imports warn about themselves."""
     config = write_config(tmp_path / "run.yaml", output=str(tmp_path / "run"))

