@@ -10,6 +10,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "promises.md"
@@ -31,12 +32,12 @@ def direct_dependencies() -> dict[str, str]:
 
 def licence_of(name: str) -> str:
     """The licence that a distribution states: its expression, its classifiers, or its licence field."""
-    facts = metadata.metadata(name)
-    if expression := facts.get("License-Expression"):
-        return expression
+    facts: dict[str, Any] = metadata.metadata(name).json
+    if expression := facts.get("license_expression"):
+        return str(expression)
     prefix = "License :: OSI Approved :: "
-    classifiers = [text.removeprefix(prefix) for text in facts.get_all("Classifier", []) if text.startswith(prefix)]
-    lines = (facts.get("License") or "not stated").strip().splitlines()
+    classifiers = [text.removeprefix(prefix) for text in facts.get("classifier", []) if text.startswith(prefix)]
+    lines = str(facts.get("license") or "not stated").strip().splitlines()
     return ", ".join(classifiers) or lines[0][:60]
 
 
