@@ -32,12 +32,12 @@ def direct_dependencies() -> dict[str, str]:
 
 def licence_of(name: str) -> str:
     """The licence that a distribution states: its expression, its classifiers, or its licence field."""
-    facts: Any = metadata.metadata(name)  # an email message; its stub lacks `get`
-    if expression := facts.get("License-Expression"):
+    facts: dict[str, Any] = metadata.metadata(name).json
+    if expression := facts.get("license_expression"):
         return str(expression)
     prefix = "License :: OSI Approved :: "
-    classifiers = [text.removeprefix(prefix) for text in facts.get_all("Classifier", []) if text.startswith(prefix)]
-    lines = (facts.get("License") or "not stated").strip().splitlines()
+    classifiers = [text.removeprefix(prefix) for text in facts.get("classifier", []) if text.startswith(prefix)]
+    lines = str(facts.get("license") or "not stated").strip().splitlines()
     return ", ".join(classifiers) or lines[0][:60]
 
 

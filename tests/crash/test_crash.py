@@ -16,8 +16,8 @@ from crash.harness import KILLED
 
 RUN = Path(__file__).with_name("run.py")
 SAMPLES = {
-    "fedsa, serial, kept moments": ["--share", "0.04", "--power-share", "0.02"],
-    "flora, stacks": ["--share", "0.03", "--power-share", "0.02", "--random-times", "1"],
+    "fedsa, serial, kept moments": ["--share", "0.02", "--power-share", "0.03"],
+    "flora, stacks": ["--share", "0.02", "--power-share", "0.04", "--random-times", "1"],
 }
 
 
@@ -31,6 +31,6 @@ def test_a_sample_of_faults_loses_nothing(scene: str, tmp_path: Path) -> None:
     counts = json.loads(report.read_text(encoding="utf-8"))
     assert counts["mismatches"] == []
     assert counts["fault_points"] > 100
-    assert counts["kills"] >= 5
+    assert counts["kills"] >= 4
     assert counts["power_losses"] >= 1
     assert counts["resumes"] == counts["faults_tried"]
