@@ -12,7 +12,7 @@ from sfedlora.report.series import Line, line_of_points
 
 __all__ = ["draw_probe"]
 
-HIGHEST_SHOWN = 1.1
+HIGHEST_SHOWN = 1.2
 """Times the initial loss: where a loss above it, or one that is not finite, is drawn."""
 
 
