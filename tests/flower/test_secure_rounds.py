@@ -22,6 +22,7 @@ from sfedlora.errors import ConfigError, RunError
 from sfedlora.federation.spool import Spool
 from sfedlora.flower import rounds as rounds_module
 from sfedlora.flower.envelope import Envelope, failure
+from sfedlora.flower.exchange import Lost
 from sfedlora.flower.secure_keys import write_private_key
 from sfedlora.flower.server import serve
 from sfedlora.flower.settings import site_settings
@@ -224,7 +225,7 @@ def _sent(answer: Answer) -> Envelope:
 
 VOID: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     "failed": (lambda _: failure("training"), "failed with code 'training'"),
-    "late": (lambda _: None, "no answer before the deadline"),
+    "lost": (lambda _: Lost("the node did not answer"), "the node did not answer"),
     "other numbers": (lambda answer: replace(_sent(answer), dtype="float32"), "factors in float32; asked for"),
     "too short": (lambda answer: replace(_sent(answer), data=_sent(answer).data[4:]), "the layout needs"),
     "another order": (
@@ -240,7 +241,7 @@ def test_a_missing_message_voids_the_round_which_is_repeated_bit_for_bit(
 ) -> None:
     expected, _, _ = undisturbed
     trick, reason = VOID[name]
-    config = secure_config(tmp_path, flower__round_deadline_seconds=3.0 if name == "late" else 60.0)
+    config = secure_config(tmp_path)
     exchange = sites_of(config, tmp_path)
     honest = exchange.connected[2]
     exchange.connected[2] = on(2, lambda envelope: trick(honest(envelope)), honest)
