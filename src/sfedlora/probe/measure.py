@@ -37,9 +37,8 @@ SMALL_STEP, VISIBLE_STEP = 0.001, 0.01
 the loss itself is measured."""
 LADDER_FACTOR, LONGEST_LADDER = 4.0, 9
 DIVERGED_LOSS = 1.1
-"""Times the initial loss. Not nearer to 1: on MiniLM a rate whose loss was 1.025 times the initial one after the
-ladder's two rounds ended a run of eight below it."""
-LARGEST_BATCH, LADDER_STEPS, LADDER_ROUNDS = 8, 4, 2
+"""Times the initial loss."""
+LARGEST_BATCH, LADDER_STEPS, LADDER_ROUNDS, LADDER_HELD_OUT = 8, 4, 2, 16
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Bench:
-    """The loaded model and the slice of data."""
+    """The loaded model and the slice of data.
+
+    Attributes:
+        prepared: the model, and the user's own clients.
+        clients: the probe's clients with one batch each, the same in every round: for slopes.
+        ladder_clients: the same clients with a batch for every step, as far as the data goes: for learning rates. On
+            one batch over and over, a loss that rises by memorising would look like one that diverges.
+        batch_size: examples of a step.
+        rank_of_user: the configuration's rank.
+    """
 
     prepared: Prepared
     clients: Mapping[str, ClientSplit]
+    ladder_clients: Mapping[str, ClientSplit]
     batch_size: int
     rank_of_user: int = field(default=8)
 
@@ -237,11 +246,20 @@ def _set_up(config: RunConfig, plan: Plan) -> _Bench:
     batch_size = min(config.local.batch_size, LARGEST_BATCH, len(rows) // (2 * count))
     if batch_size < 1:
         raise DataError(f"the probe needs at least {2 * count} training examples for {count} clients, got {len(rows)}")
-    clients = {}
+    clients = _deal(rows, count, batch_size, batch_size)
+    share = len(rows) // count
+    held_out = max(1, min(LADDER_HELD_OUT, share // 3))
+    ladder = _deal(rows, count, min(share - held_out, LADDER_STEPS * LADDER_ROUNDS * batch_size), held_out)
+    return _Bench(prepared, clients, ladder, batch_size, rank)
+
+
+def _deal(rows: Sequence[int], count: int, num_train: int, num_held_out: int) -> dict[str, ClientSplit]:
+    """So many clients with rows of their own."""
+    clients, size = {}, num_train + num_held_out
     for at in range(count):
-        own_rows = tuple(rows[2 * at * batch_size : 2 * (at + 1) * batch_size])
-        clients[f"probe-{at:03d}"] = ClientSplit(own_rows[:batch_size], own_rows[batch_size:], own_rows[batch_size:])
-    return _Bench(prepared, clients, batch_size, rank)
+        own = tuple(rows[at * size : (at + 1) * size])
+        clients[f"probe-{at:03d}"] = ClientSplit(own[:num_train], own[num_train:], own[num_train:])
+    return clients
 
 
 def _is_adamw(config: RunConfig) -> bool:
@@ -380,7 +398,8 @@ def _try(bench: _Bench, size: Size, learning_rate: float) -> LadderStep:
     num_steps = min(config.local.local_steps or LADDER_STEPS, LADDER_STEPS)
     members = _groups(bench, size)[0]
     training = _training(bench, config.local.optimizer, num_steps)
-    federation = _federation(bench, "sfed", "independent", size, members, training, learning_rate, LADDER_ROUNDS)
+    roomy = replace(bench, clients=bench.ladder_clients)
+    federation = _federation(roomy, "sfed", "independent", size, members, training, learning_rate, LADDER_ROUNDS)
     start = _loss(federation, "validation")
     loss: float | None = None
     try:
