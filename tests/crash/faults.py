@@ -76,7 +76,7 @@ class _PowerLoss:
         else:
             backup, is_folder = self._backup(path), path.is_dir() and not path.is_symlink()
             kind = "remove folder" if is_folder else "remove"
-            self.unfinished = lambda: self.pending.append((kind, path, None, backup))
+            self.unfinished = lambda: self._removed(kind, path, backup)
 
     def lose(self) -> None:
         """Take everything back that no sync has made last."""
@@ -84,6 +84,8 @@ class _PowerLoss:
             if path.is_file():
                 os.truncate(path, size + (path.stat().st_size - size) // 2)
         for kind, path, to, backup in reversed(self.pending):
+            if not path.parent.is_dir():  # a folder whose removal has lasted took it along
+                continue
             if kind == "create":
                 path.unlink(missing_ok=True)
             elif kind == "mkdir":
@@ -105,7 +107,13 @@ class _PowerLoss:
             self.pending = [item for item in self.pending if path not in (item[1].parent, (item[2] or item[1]).parent)]
         self.dirty.pop(path, None)
 
+    def _removed(self, kind: str, path: Path, backup: Path | None) -> None:
+        if not path.exists():  # or it was refused
+            self.pending.append((kind, path, None, backup))
+
     def _renamed(self, path: Path, to: Path, backup: Path | None) -> None:
+        if path.exists() or not to.exists():  # it was refused
+            return
         self.pending.append(("rename", path, to, backup))
         for name in [name for name in self.dirty if name == path or path in name.parents]:
             self.dirty[to / name.relative_to(path) if name != path else to] = self.dirty.pop(name)

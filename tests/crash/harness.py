@@ -93,6 +93,8 @@ def campaign(victim: Victim, work: Path, plan: Plan, say: Callable[[str], None])
         shutil.rmtree(folder, ignore_errors=True)
         counts.faults_tried += 1
         first = _live(victim, shared, folder, fault, work)
+        if first.code not in (KILLED, 0):
+            raise RuntimeError(f"{fault} itself failed:\n{(work / 'error.txt').read_text(encoding='utf-8')}")
         counts.kills += first.code == KILLED
         counts.power_losses += first.code == KILLED and fault.power_loss
         second = Fault("operation", rng.randrange(30), power_loss=rng.random() < 0.5)
