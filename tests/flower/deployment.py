@@ -108,19 +108,28 @@ class Deployment:
         return self.flwr("supernode", "register", str(key), "loopback", "--name", f"site{number}")
 
     def start_node(
-        self, number: int, node: Mapping[str, str], *, certificate: Path | None = None, key: Path | None = None
+        self,
+        number: int,
+        node: Mapping[str, str],
+        *,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        secure: bool = True,
     ) -> str:
-        """A node; returns the name of its process."""
+        """A node, with certificate authority and key or with neither; returns the name of its process."""
         name = f"node{number}"
         certificates = self.root / "certificates"
         self.ports.setdefault(name, free_port())
         settings = " ".join(f'{key_}="{value}"' for key_, value in node.items())
+        credentials = [
+            *("--root-certificates", str(certificate or certificates / "ca.crt")),
+            *("--auth-supernode-private-key", str(key or certificates / f"node{number}.key")),
+        ]
         self._start(
             name,
             [
                 *("flower-supernode", "--superlink", f"localhost:{self.port}", "--port", str(self.ports[name])),
-                *("--root-certificates", str(certificate or certificates / "ca.crt")),
-                *("--auth-supernode-private-key", str(key or certificates / f"node{number}.key")),
+                *(credentials if secure else ["--insecure"]),
                 *("--node-config", settings),
             ],
         )
