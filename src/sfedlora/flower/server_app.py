@@ -1,4 +1,7 @@
-"""The app that Flower runs at the server."""
+"""The app that Flower runs at the server.
+
+What it needs is imported when it runs: client processes import this module too, once per message.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from flwr.serverapp import Grid, ServerApp
 
 from sfedlora.errors import SfedLoraError
 from sfedlora.flower.exchange import GridExchange
-from sfedlora.flower.server import serve
-from sfedlora.flower.settings import app_config
 
 __all__ = ["make_server_app"]
 
@@ -22,6 +23,9 @@ def make_server_app(config_path: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        from sfedlora.flower.server import serve
+        from sfedlora.flower.settings import app_config
+
         try:
             config = app_config(config_path, context.run_config)
             serve(config, GridExchange(grid), resume=bool(context.run_config.get("resume", False)), log=_say)
