@@ -138,9 +138,10 @@ def test_b_is_not_written_through_a_planted_link(planted: str, tmp_path: Path) -
     elsewhere.mkdir()
     store = SiteStore.at(tmp_path / "state", "federation", "client")
     (store.path / planted).symlink_to(elsewhere)
-    with pytest.raises(StorageError, match="cannot be written"):
-        store.save(1, PERSONAL, MOMENTS)
+    store.save(1, PERSONAL, MOMENTS)  # the link is replaced
     assert list(elsewhere.iterdir()) == []
+    assert not (store.path / "round-000001").is_symlink()
+    assert set(store.load(1)[0]) == set(PERSONAL)
 
 
 def test_a_file_in_place_of_the_state_directory_is_named(tmp_path: Path) -> None:

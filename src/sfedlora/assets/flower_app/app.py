@@ -5,6 +5,8 @@ from pathlib import Path
 from sfedlora.flower.client_app import make_client_app
 from sfedlora.flower.server_app import make_server_app
 
+__all__ = ["client_app", "server_app"]
+
 CONFIG = Path(__file__).with_name("run.yaml")
 server_app = make_server_app(CONFIG)
 client_app = make_client_app(CONFIG)
