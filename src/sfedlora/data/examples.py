@@ -1,7 +1,8 @@
 """Examples: the rows of a data source, numbered from 0 in file order.
 
 Here: which kind of source a string names, Hugging Face data sets and data set directories, the digest of a source.
-Not here: parsing of single files (`files`), shipped corpora (`corpora`), token ids (`encode`).
+Not here: parsing of single files (`files`), shipped corpora (`corpora`), token ids (`encode`). `datasets` is imported
+when a source needs it: it takes 100 MB, and a server across sites reads no examples.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import datasets
-from datasets.features import ClassLabel
+from typing import TYPE_CHECKING, Any
 
 from sfedlora.data.corpora import chatterbot_rows
 from sfedlora.data.files import FILE_SUFFIXES, read_file
 from sfedlora.errors import DataError, InputError
 from sfedlora.sources import local_path
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["Examples", "load_examples"]
 
@@ -106,7 +107,8 @@ def _file_parts(path: Path, source: str) -> tuple[Mapping[str, Sequence[Any]], s
     return read_file(path), source, _digest_files([path], path.parent), MappingProxyType({})
 
 
-def _read_parquet(path: Path, source: str) -> datasets.Dataset:
+def _read_parquet(path: Path, source: str) -> Dataset:
+    import datasets
     from pyarrow import ArrowException, parquet
 
     try:
@@ -125,6 +127,8 @@ def _load_directory(path: Path, source: str, subset: str | None, split: str) -> 
         return Examples(_columns_of(chatterbot_rows(path)), source, digest)
     if not files:
         raise DataError(f"{source}: an empty directory; expected data files in it")
+    import datasets
+
     try:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(str(path))
@@ -138,6 +142,8 @@ def _load_directory(path: Path, source: str, subset: str | None, split: str) -> 
 
 
 def _load_from_hub(source: str, subset: str | None, split: str) -> Examples:
+    import datasets
+
     try:
         loaded = datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # network, access, builder and split errors have no common base
@@ -147,7 +153,9 @@ def _load_from_hub(source: str, subset: str | None, split: str) -> Examples:
     return Examples(columns, source, _digest_rows(columns), names)
 
 
-def _dataset_parts(loaded: datasets.Dataset) -> tuple[dict[str, Sequence[Any]], dict[str, tuple[str, ...]]]:
+def _dataset_parts(loaded: Dataset) -> tuple[dict[str, Sequence[Any]], dict[str, tuple[str, ...]]]:
+    from datasets.features import ClassLabel
+
     columns: dict[str, Sequence[Any]] = {name: loaded[name] for name in loaded.column_names}
     names = {key: tuple(value.names) for key, value in loaded.features.items() if isinstance(value, ClassLabel)}
     return columns, names
