@@ -21,14 +21,14 @@ from sfedlora.errors import ConfigError, InputError
 from sfedlora.federation.client import ClientWork, LocalTraining, TrainingSetup, train_client
 from sfedlora.federation.evaluate import EvalBatching, evaluate_examples
 from sfedlora.federation.initialize import draw_a
-from sfedlora.lora.base_model import BaseModel, load_base_model
+from sfedlora.lora.base_model import BaseModel
 from sfedlora.lora.inject import ResidentModel, adapt
 from sfedlora.lora.peft_format import load_adapter, save_adapter
 from sfedlora.lora.scaling import scaling_factor
 from sfedlora.methods import make_method
-from sfedlora.seeds import derive_seed
 from sfedlora.setup import encode_examples, load_source
 from sfedlora.setup.dataset import find_label_names
+from sfedlora.setup.model import load_model
 from sfedlora.setup.resolve import resolve_device
 from sfedlora.storage import directory_written_whole, sync_files, write_json
 from sfedlora.types import LoraSize, Part, Tensors, part_of, select_parts
@@ -157,16 +157,7 @@ def _join(config: RunConfig, source: str, client_id: str) -> _Joined:
         torch.set_num_threads(config.threads)
     examples = load_source(config, source)
     names = _label_names(config)
-    base = load_base_model(
-        config.model.source,
-        task=config.model.task,
-        dtype=config.model.dtype,
-        quantization=config.model.quantization,
-        device=str(device),
-        num_labels=len(names) or None,
-        label_names=names or None,
-        seed=derive_seed(config.seed, "new_weights"),
-    )
+    base = load_model(config, device, names)
     data = encode_examples(config, examples, base, names)
     groups = examples.column(config.data.group) if config.data.group is not None else None
     split = split_client(

@@ -22,14 +22,9 @@ import psutil
 from sfedlora import RunConfig
 from sfedlora.flower.app_files import write_app
 from sfedlora.flower.certificates import write_test_certificates
+from sfedlora.flower.launch import QUIET
 
 BIN = Path(sys.executable).parent
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 
 
 def free_port() -> int:

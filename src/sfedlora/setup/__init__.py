@@ -14,11 +14,10 @@ import torch
 
 from sfedlora.config import RunConfig
 from sfedlora.federation.state import Federation
-from sfedlora.lora.base_model import BaseModel, load_base_model
+from sfedlora.lora.base_model import BaseModel
 from sfedlora.lora.inject import adapt
 from sfedlora.lora.targets import find_head_modules, find_targets
 from sfedlora.methods import make_method
-from sfedlora.seeds import derive_seed
 from sfedlora.setup.adapter import (
     client_ranks,
     draw_initial_a,
@@ -32,6 +31,7 @@ from sfedlora.setup.dataset import deal_examples, find_label_names, load_externa
 from sfedlora.setup.dataset import encode_examples as encode_examples
 from sfedlora.setup.dataset import load_source as load_source
 from sfedlora.setup.environment import environment_record
+from sfedlora.setup.model import load_model
 from sfedlora.setup.resolve import require_compiler, resolve, resolve_device
 from sfedlora.setup.workers import Fingerprint, fingerprint, with_workers
 from sfedlora.types import Part
@@ -77,16 +77,7 @@ def prepare(config: RunConfig) -> Prepared:
     device = resolve_device(config.device)
     if config.model.compile:
         require_compiler(device)
-    base = load_base_model(
-        config.model.source,
-        task=config.model.task,
-        dtype=config.model.dtype,
-        quantization=config.model.quantization,
-        device=str(device),
-        num_labels=len(label_names) or None,
-        label_names=label_names or None,
-        seed=derive_seed(config.seed, "new_weights"),
-    )
+    base = load_model(config, device, label_names)
     data = encode_examples(config, examples, base, label_names)
     splits = deal_examples(config, examples, data)
     ranks = client_ranks(config, list(splits))

@@ -14,12 +14,12 @@ from sfedlora.config import RunConfig
 from sfedlora.data.encoded import EncodedData
 from sfedlora.data.splits import ClientSplit, split_client
 from sfedlora.federation.state import Federation
-from sfedlora.lora.base_model import BaseModel, load_base_model
+from sfedlora.lora.base_model import BaseModel
 from sfedlora.lora.inject import adapt
 from sfedlora.methods import Method, make_method
-from sfedlora.seeds import derive_seed
 from sfedlora.setup.build import build_federation
 from sfedlora.setup.dataset import deal_examples, encode_examples, load_source
+from sfedlora.setup.model import load_model
 from sfedlora.setup.resolve import resolve_device, resolve_rules
 from sfedlora.setup.server import site_label_names
 from sfedlora.types import LoraSizes
@@ -64,16 +64,7 @@ def load_site(config: RunConfig, client_id: str | None) -> SiteData:
     method = make_method(config.method.name, config.method.head)
     examples = load_source(config, config.data.source)
     label_names = site_label_names(config)
-    base = load_base_model(
-        config.model.source,
-        task=config.model.task,
-        dtype=config.model.dtype,
-        quantization=config.model.quantization,
-        device=str(resolve_device(config.device)),
-        num_labels=len(label_names) or None,
-        label_names=label_names or None,
-        seed=derive_seed(config.seed, "new_weights"),
-    )
+    base = load_model(config, resolve_device(config.device), label_names)
     data = encode_examples(config, examples, base, label_names)
     if client_id is None:
         splits = deal_examples(config, examples, data)
