@@ -147,20 +147,18 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--output", type=Path, default=FOLDER / "results")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     figures: list[Figure] = []
     for command, bars in _chosen(whole=arguments.whole):
         print(f"\n$ python benchmarks/{' '.join(command)}   (load {os.getloadavg()[0]:.2f})", flush=True)
         lines = list(_run(command))
         figures += _figures(lines, bars, " ".join(command))
+        _write(figures, arguments.output / "benchmarks.json")
     print(f"\n{'':<62} {'figure':>8}   bar")
     for figure in figures:
         verdict = "" if figure.holds else "   MISSED"
         bar = "" if figure.bar is None else f"   {figure.kind} {figure.bar:g}"
         print(f"{figure.what:<62} {figure.value:>8.4g}{bar}{verdict}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-    content = {"machine": machine, "figures": [asdict(figure) for figure in figures]}
-    (arguments.output / "benchmarks.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _draw(figures, arguments.output / "benchmarks.png")
 
 
@@ -194,6 +192,12 @@ def _figures(lines: Sequence[str], bars: Sequence[Bar], command: str) -> Iterato
             value = float(found[1])
             holds = bar.bar is None or (value <= bar.bar if bar.kind == "at most" else value >= bar.bar)
             yield Figure(bar.what, value, bar.bar, bar.kind, holds, command)
+
+
+def _write(figures: Sequence[Figure], path: Path) -> None:
+    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
+    content = {"machine": machine, "figures": [asdict(figure) for figure in figures]}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _draw(figures: Sequence[Figure], path: Path) -> None:

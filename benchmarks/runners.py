@@ -9,7 +9,8 @@ Eight clients take a few AdamW steps each. Process time on one thread; medians o
 - bare: stock `get_peft_model`, batches already padded, the model's own loss, fused AdamW; adapter and optimizer state
   are not even reset between clients. What people believe is the limit.
 - serial, batched: `SerialRunner` and `BatchedRunner` from the clients' work to their outcomes.
-- A/A: the bare loop against itself. Ratios closer to a bar than its range do not settle it.
+- A/A: the bare loop against itself. Ratios closer to a bar (`benchmarks/all.py` has them) than this one's range do not
+  settle it.
 
 Batches are random tokens of one length, all labelled, so only the runners differ (32 tokens are 2 x 16, 128 are 4 x 32,
 512 are 8 x 64).
@@ -62,19 +63,6 @@ MODELS = {
 }
 SHAPES = {32: (2, 16), 128: (4, 32), 512: (8, 64)}
 NUM_CLIENTS, RANK, RATE = 8, 16, 1e-4
-BARS = {
-    ("serial", "tiny", 32): 1.08,
-    ("serial", "tiny", 128): 1.08,
-    ("serial", "tiny", 512): 1.08,
-    ("batched", "tiny", 32): 0.55,
-    ("batched", "tiny", 128): 0.85,
-    ("batched", "smollm2-8", 32): 0.65,
-    ("batched", "smollm2-8", 128): 0.95,
-    ("batched", "smollm2", 32): 0.65,
-    ("batched", "smollm2", 128): 0.95,
-    ("whole stack / float32 Trainer", "smollm2", 0): 0.40,
-    ("whole stack / bfloat16 Trainer", "smollm2", 0): 0.70,
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,6 @@ class Row:
     tokens: int
     ratio: float
     fastest_fifth: float
-    bar: float | None
     pairs: int
 
 
@@ -111,12 +98,8 @@ def main() -> None:
         )
         for row in measured:
             rows.append(row)
-            bar = "" if row.bar is None else f", bar {row.bar:.2f}"
             setting = f"{row.model}, {row.tokens} tokens" if row.tokens else row.model
-            print(
-                f"{row.what}, {setting}: {row.ratio:.3f} ({row.fastest_fifth:.3f} in the fastest fifth){bar}",
-                flush=True,
-            )
+            print(f"{row.what}, {setting}: {row.ratio:.3f} ({row.fastest_fifth:.3f} in the fastest fifth)", flush=True)
     if arguments.json:
         facts = {"dtype": arguments.dtype, "steps": arguments.steps, "rank": RANK, "clients": NUM_CLIENTS}
         content = {**facts, "threads": 1, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
@@ -307,7 +290,7 @@ def _row(what: str, model: str, tokens: int, times: Sequence[float], against: Se
     ratio = statistics.median(one / other for one, other in zip(times, against, strict=True))
     fifth = max(1, len(times) // 5)
     fastest = sum(sorted(times)[:fifth]) / sum(sorted(against)[:fifth])
-    return Row(what, model, tokens, ratio, fastest, BARS.get((what, model, tokens)), len(times))
+    return Row(what, model, tokens, ratio, fastest, len(times))
 
 
 if __name__ == "__main__":
