@@ -22,11 +22,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfedlora.data.directories import safe_directory_name
 from sfedlora.errors import StorageError
-from sfedlora.storage import to_safetensors
 from sfedlora.types import Part, Tensors, part_of, select_parts
 
 __all__ = ["Spool", "SpooledTensors", "num_bytes", "select_lazily"]
@@ -68,19 +69,20 @@ class Spool:
         Raises:
             StorageError: the disk is full or the folder cannot be written.
         """
-        content = to_safetensors(tensors)
         self.remove(key)
         self._count += 1
         path = self._made_folder() / f"{self._count:06d}-{safe_directory_name(key)}.safetensors"
+        dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
-            path.write_bytes(content)
-        except OSError as error:
+            save_file(dense, path)  # straight from the tensors' memory, without a copy of the content
+            with path.open("rb") as stored:
+                length = stored.read(LENGTH_BYTES)
+                header = length + stored.read(int.from_bytes(length, "little"))
+        except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
-            raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or permissions?") from None
-        header = content[: LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")]
+            raise StorageError(f"{path}: cannot be written ({error}); free space or permissions?") from None
         layout = self._layouts.setdefault((header, tuple(tensors)), _layout_of(header, tensors))
-        view = memoryview(content)
-        checksums = array("I", (zlib.crc32(view[place.start : place.stop]) for place in layout.places.values()))
+        checksums = array("I", (zlib.crc32(_block(tensor)) for tensor in dense.values()))
         file = _File(path, layout, checksums)
         weakref.finalize(file, _unlink, path)
         self._files[key] = file
@@ -202,7 +204,7 @@ def _read(file: _File, name: str) -> Tensor:
     layout = file.layout
     place = layout.places[name]
     tensor = torch.empty(place.shape, dtype=place.dtype)
-    block = tensor.reshape(-1).view(torch.uint8).numpy().data
+    block = _block(tensor)
     try:
         with file.path.open("rb") as stored:
             header = stored.read(len(layout.header))
@@ -213,6 +215,11 @@ def _read(file: _File, name: str) -> Tensor:
     if (header, num_read, zlib.crc32(block)) != (layout.header, len(block), file.checksums[place.number]):
         raise StorageError(f"{file.path}: damaged: {name} is not what was written; something else wrote into it")
     return tensor
+
+
+def _block(tensor: Tensor) -> memoryview:
+    """The bytes of a dense tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _unlink(path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -231,12 +232,8 @@ def seal(facts: _Facts, tensors: Tensors | None = None, *, dtype: WireDtype = "f
     if isinstance(facts, _WITH_LAYOUT):
         layout = [(name, list(tensor.shape)) for name, tensor in given.items()]
         facts = facts.model_copy(update={"layout": layout})
-    flat = torch.empty(sum(tensor.numel() for tensor in given.values()), dtype=_DTYPES[dtype])
-    start = 0
-    for tensor in given.values():
-        flat[start : start + tensor.numel()].copy_(tensor.reshape(-1))
-        start += tensor.numel()
-    return Envelope(facts.model_dump_json(), dtype, flat.view(torch.uint8).numpy().tobytes())
+    blocks = (tensor.to(_DTYPES[dtype]).reshape(-1).view(torch.uint8).numpy().data for tensor in given.values())
+    return Envelope(facts.model_dump_json(), dtype, b"".join(blocks))
 
 
 def seal_masked(facts: RoundReply, shapes: Mapping[str, tuple[int, ...]], message: NDArray[np.uint32]) -> Envelope:
@@ -280,6 +277,9 @@ def open_tensors(
         layout: the layout that its facts state.
         expected: name -> shape of what must be there, in any order; None takes any layout that fits the bytes.
 
+    Returns:
+        Name -> tensor, to be read only: float32 is not copied out of the message.
+
     Raises:
         MessageError: another layout, another number of bytes, or values that are not finite.
     """
@@ -296,7 +296,9 @@ def open_tensors(
         raise MessageError(f"{len(envelope.data)} bytes of factors; the layout needs {num_bytes}")
     if not num_bytes:
         return {name: torch.zeros(shape) for name, shape in stated.items()}
-    flat = torch.frombuffer(bytearray(envelope.data), dtype=dtype).to(torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        flat = torch.frombuffer(envelope.data, dtype=dtype).to(torch.float32)
     tensors, start = {}, 0
     for name, shape in stated.items():
         size = math.prod(shape)

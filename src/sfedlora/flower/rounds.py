@@ -72,31 +72,41 @@ class _Answers:
 
 
 class Rounds:
-    """Owner of a run while it runs: its directory, its sites, a scratch folder for updates."""
+    """Owner of a run while it runs: its directory, its sites, its state, a scratch folder for updates.
+
+    The state is the only copy of the shared factors between rounds, so callers keep no checkpoint of their own.
+    """
 
     def __init__(
-        self, server: PreparedServer, sites: Sites, directory: RunDirectory, *, scratch: Path, log: Log
+        self,
+        server: PreparedServer,
+        sites: Sites,
+        directory: RunDirectory,
+        checkpoint: Checkpoint,
+        *,
+        scratch: Path,
+        log: Log,
     ) -> None:
-        """Take what a run consists of; `log` takes one line of text."""
+        """Take what a run consists of and where it goes on; `log` takes one line of text."""
         self._server, self._sites, self._directory, self._scratch, self._log = server, sites, directory, scratch, log
-        self._flower = server.config.flower
+        self._flower, self._checkpoint = server.config.flower, checkpoint
         self._writer = CheckpointWriter(directory.checkpoints)
 
-    def run(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Run the rounds after a checkpoint; every one is stored before the next begins.
+    def run(self) -> None:
+        """Run the rounds that are left; every one is stored before the next begins.
 
         Raises:
             RunError: a round had too few usable replies.
         """
-        while checkpoint.state.server.round_num < self._server.rounds.num_rounds:
+        while self._checkpoint.state.server.round_num < self._server.rounds.num_rounds:
             with Spool(self._scratch) as spool:
-                checkpoint = self._round(checkpoint, spool)
-            self._writer.save(checkpoint, changed=(), best_round=checkpoint.progress["best_round"])
-        return checkpoint
+                self._checkpoint = self._round(self._checkpoint, spool)
+            best_round = self._checkpoint.progress["best_round"]
+            self._writer.save(self._checkpoint, changed=(), best_round=best_round)
 
-    def finish(self, checkpoint: Checkpoint) -> None:
+    def finish(self) -> None:
         """Evaluate the last and the best state, have the adapters written, write the summary."""
-        state, progress = checkpoint.state.server, checkpoint.progress
+        state, progress = self._checkpoint.state.server, self._checkpoint.progress
         last = self._evaluate(state, self._accepted(), progress, write_adapter=True)
         progress = self._completed(progress, last["validation"])
         self._write_shared(state)
@@ -258,6 +268,7 @@ class Rounds:
             if reply.trained:
                 updates[client_id] = spool.put(client_id, tensors) if tensors else tensors
                 bytes_up += len(answer.data) if isinstance(answer, Envelope) else 0
+            del answer, tensors  # before the next one is pulled
         answers = _Answers(replies, updates, failed, bytes_up, bytes_down)
         return answers if not again else _joined(answers, self._ask(state, again, spool, messages))
 

@@ -23,7 +23,13 @@ from sfedlora.flower.rounds import Rounds, first_checkpoint
 from sfedlora.flower.sites import Log, SiteRecord, Sites
 from sfedlora.lora.base_model import Skeleton
 from sfedlora.setup.environment import environment_record
-from sfedlora.setup.server import PreparedServer, load_server_model, prepare_server, require_deployable
+from sfedlora.setup.server import (
+    PreparedServer,
+    load_server_model,
+    prepare_server,
+    require_deployable,
+    without_initial_shared,
+)
 
 __all__ = ["serve"]
 
@@ -54,26 +60,46 @@ def serve(config: RunConfig, exchange: Exchange, *, resume: bool, log: Log) -> R
     skeleton = load_server_model(config)
     sites = _sites(config, skeleton, exchange, log)
     with ExitStack() as stack:
-        if resume:
-            directory = RunDirectory.open(output)
-            stack.enter_context(directory.owned())
-            server, checkpoint = _take_up(config, skeleton, directory, sites)
-            log(f"{output}: going on after round {checkpoint.state.server.round_num}")
-            _wait(config, sites, len(sites.known))
-        else:
-            expected = len(config.flower.sites or ()) or config.partition.num_clients or 1
-            _wait(config, sites, expected)
-            first = dict(list(sites.known.items())[:expected])  # others that reported at the same moment join later
-            counts = {client_id: site.num_examples for client_id, site in first.items()}
-            server = prepare_server(config, skeleton, counts)
-            fixed = _environment(server, first), _partition(first)
-            directory = stack.enter_context(RunDirectory.created(output, server.config, *fixed))
-            checkpoint = first_checkpoint(server)
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sfedlora-")))
-        rounds = Rounds(server, sites, directory, scratch=scratch, log=log)
-        rounds.finish(rounds.run(checkpoint))
+        begin = _resumed if resume else _begun
+        rounds = begin(config, skeleton, sites, stack, log)
+        rounds.run()
+        rounds.finish()
     log(f"finished; {output} holds the shared part, each site its own adapter")
-    return directory
+    return RunDirectory.open(output)
+
+
+def _begun(config: RunConfig, skeleton: Skeleton, sites: Sites, stack: ExitStack, log: Log) -> Rounds:
+    """A new run, with the sites that it begins with."""
+    expected = len(config.flower.sites or ()) or config.partition.num_clients or 1
+    _wait(config, sites, expected)
+    first = dict(list(sites.known.items())[:expected])  # others that reported at the same moment join later
+    counts = {client_id: site.num_examples for client_id, site in first.items()}
+    server = prepare_server(config, skeleton, counts)
+    fixed = _environment(server, first), _partition(first)
+    directory = stack.enter_context(RunDirectory.created(Path(config.output), server.config, *fixed))
+    return _rounds(server, sites, directory, first_checkpoint(server), stack, log)
+
+
+def _resumed(config: RunConfig, skeleton: Skeleton, sites: Sites, stack: ExitStack, log: Log) -> Rounds:
+    """A run as its newest intact checkpoint left it."""
+    directory = RunDirectory.open(Path(config.output))
+    stack.enter_context(directory.owned())
+    server, checkpoint = _take_up(config, skeleton, directory, sites)
+    log(f"{directory.path}: going on after round {checkpoint.state.server.round_num}")
+    _wait(config, sites, len(sites.known))
+    return _rounds(server, sites, directory, checkpoint, stack, log)
+
+
+def _rounds(  # noqa: PLR0917 - what a run consists of
+    server: PreparedServer,
+    sites: Sites,
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    stack: ExitStack,
+    log: Log,
+) -> Rounds:
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sfedlora-")))
+    return Rounds(without_initial_shared(server), sites, directory, checkpoint, scratch=scratch, log=log)
 
 
 def _sites(config: RunConfig, skeleton: Skeleton, exchange: Exchange, log: Log) -> Sites:

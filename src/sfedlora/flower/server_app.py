@@ -5,6 +5,8 @@ What it needs is imported when it runs: client processes import this module too,
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from sfedlora.flower.exchange import GridExchange
 
 __all__ = ["make_server_app"]
 
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
+
 
 def make_server_app(config_path: Path) -> ServerApp:
     """The server app of a configuration file that lies beside the app."""
@@ -26,6 +31,7 @@ def make_server_app(config_path: Path) -> ServerApp:
         from sfedlora.flower.server import serve
         from sfedlora.flower.settings import app_config
 
+        _give_back_large_blocks()
         try:
             config = app_config(config_path, context.run_config)
             serve(config, GridExchange(grid), resume=bool(context.run_config.get("resume", False)), log=_say)
@@ -34,6 +40,16 @@ def make_server_app(config_path: Path) -> ServerApp:
             raise
 
     return app
+
+
+def _give_back_large_blocks() -> None:
+    """Have the C library return freed blocks of a megabyte or more to the system at once.
+
+    By default glibc raises that limit to 32 MB by itself and keeps what lies between: with messages of 50 MB a server
+    held 100 MB that nobody used.
+    """
+    with suppress(OSError, AttributeError):  # another C library has no such limit
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _say(text: str) -> None:

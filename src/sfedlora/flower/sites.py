@@ -131,6 +131,7 @@ class Sites:
                 if answer is not None:
                     del open_messages[client_id]
                     yield client_id, answer
+                del answer  # before the next one is pulled
             if open_messages:
                 self._exchange.wait()
         for client_id in sorted(open_messages):

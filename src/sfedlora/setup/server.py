@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from sfedlora.config import RunConfig
 from sfedlora.errors import ConfigError
@@ -24,9 +26,16 @@ from sfedlora.setup.adapter import (
 )
 from sfedlora.setup.build import round_settings
 from sfedlora.setup.resolve import resolve_rules
-from sfedlora.types import Tensors
+from sfedlora.types import Part, Tensors, select_parts
 
-__all__ = ["PreparedServer", "load_server_model", "prepare_server", "require_deployable", "site_label_names"]
+__all__ = [
+    "PreparedServer",
+    "load_server_model",
+    "prepare_server",
+    "require_deployable",
+    "site_label_names",
+    "without_initial_shared",
+]
 
 
 @dataclass(frozen=True)
@@ -144,3 +153,13 @@ def prepare_server(config: RunConfig, skeleton: Skeleton, num_examples: Mapping[
         init=chosen_init(resolved),
         scaling_clients=num_scaling_clients,
     )
+
+
+def without_initial_shared(server: PreparedServer) -> PreparedServer:
+    """A server whose first state exists, and holds what is shared: the initial values of that are not kept as well.
+
+    Of a personal B, which is zero here, the shape stays and a single zero.
+    """
+    kept = select_parts(server.initial, server.rules.method.personal_parts())
+    zeros = {name: torch.zeros(1).expand(tensor.shape) for name, tensor in select_parts(kept, [Part.B]).items()}
+    return replace(server, initial={**kept, **zeros}, formed=replace(server.formed, tensors={}))
