@@ -9,20 +9,29 @@ from typing import Any
 
 from flower.local_exchange import LocalExchange, site_of
 from sfedlora import RunConfig
+from sfedlora.flower.secure_keys import write_private_key
+from sfedlora.flower.settings import site_settings
+from sfedlora.flower.site import Site
 
 TINY = "package:sfedlora/assets/tiny_llama"
 CHAT = "package:sfedlora/assets/tiny_chat.jsonl"
 TOPICS = ("ai", "conversations", "emotion-1")
 LABELS = ("bad", "good")
+LIMIT = 0.05
+"""Of every change that enters a secure sum."""
 
 __all__ = [
     "CHAT",
     "LABELS",
+    "LIMIT",
     "TINY",
     "TOPICS",
     "chat_config",
     "chat_files",
     "exchange_of",
+    "keys_of",
+    "secure_config",
+    "site_at",
     "small_config",
     "small_files",
 ]
@@ -79,3 +88,36 @@ def small_files(tmp_path: Path) -> dict[str, Path]:
     for path in files.values():
         path.write_text("\n".join(path.read_text().splitlines()[:24]) + "\n")
     return files
+
+
+def secure_config(tmp_path: Path, **overrides: Any) -> RunConfig:
+    """Three sites, two short rounds."""
+    given = {
+        "rounds__num_rounds": 2,
+        "local__local_steps": 2,
+        "local__batch_size": 2,
+        "flower__sites": list(TOPICS),
+        "flower__min_replies": 3,
+        "flower__secure_sum": True,
+        "flower__secure_limit": LIMIT,
+    }
+    values = {**given, **overrides}
+    first = {key: values.pop(key) for key in list(values) if key.startswith("flower__")}
+    config = chat_config(tmp_path, **values)
+    return config.with_values({key.replace("__", "."): one for key, one in first.items()})
+
+
+def keys_of(folder: Path, sites: tuple[str, ...] = TOPICS) -> dict[str, dict[str, str]]:
+    """A private key for each site, and the file of public keys that each has: client id -> node settings."""
+    folder.mkdir(exist_ok=True)
+    public = {site: write_private_key(folder / f"{site}.key") for site in sites}
+    (folder / "public.json").write_text(json.dumps(public))
+    return {
+        site: {"secure-key": str(folder / f"{site}.key"), "secure-public-keys": str(folder / "public.json")}
+        for site in sites
+    }
+
+
+def site_at(config: RunConfig, client_id: str, path: Path, state_dir: Path, keys: dict[str, str]) -> Site:
+    node = {"client-id": client_id, "data": str(path), "state-dir": str(state_dir), **keys}
+    return Site(site_settings(config, node))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from flower.deployment import Deployment
-from flower.federations import TOPICS, chat_config, chat_files, exchange_of
-from flower.local_exchange import Node, facts
+from flower.federations import TOPICS, chat_config, chat_files, exchange_of, keys_of, secure_config, site_at
+from flower.local_exchange import LocalExchange, Node, facts
 from sfedlora import RunConfig, run
 from sfedlora.data.corpora import hutto_rows, write_jsonl
 from sfedlora.flower.certificates import write_test_certificates
@@ -157,6 +157,30 @@ def test_the_same_with_minilm_and_real_sentences(tmp_path: Path) -> None:
     summary = json.loads((deployment.root / "run" / "summary.json").read_text())
     lost, kept = (summary[when]["test"]["weighted"]["loss"] for when in ("initial", "last"))
     assert kept < lost - 0.02, "nothing was learned"
+
+
+@pytest.mark.slow
+def test_secure_sums_over_tls_have_the_bytes_of_those_in_one_process(tmp_path: Path) -> None:
+    config = secure_config(tmp_path, **{f"flower__{key}": seconds for key, seconds in PATIENT.items()})
+    files, keys = chat_files(tmp_path), keys_of(tmp_path / "keys")
+    with Deployment.write(tmp_path / "federation", config, num_nodes=3) as deployment:
+        deployment.start_link()
+        for number, node in enumerate(_nodes(deployment, files)):
+            deployment.register(number)
+            deployment.start_node(number, node | keys[node["client-id"]])
+        deployment.submit()
+        deployment.wait_for_file("summary.json", seconds=900)
+
+    sites = tmp_path / "sites"  # with keys of their own: the masks differ, the sums do not
+    other = keys_of(tmp_path / "other-keys")
+    exchange = LocalExchange(
+        {
+            number: site_at(config, client_id, path, sites / client_id, other[client_id]).answer
+            for number, (client_id, path) in enumerate(files.items(), start=1)
+        }
+    )
+    served = serve(config, exchange, resume=False, log=lambda _: None)
+    assert _differing(served.path, sites, deployment) == []
 
 
 def _silent_in(node: Node, rounds: list[int]) -> Node:

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from flower.federations import TOPICS, chat_config, chat_files
+from flower.federations import LIMIT, TOPICS, chat_files, keys_of, secure_config, site_at
 from flower.local_exchange import Answer, LocalExchange, Node, facts
 from sfedlora import RunConfig
 from sfedlora.errors import ConfigError, RunError
@@ -26,51 +26,16 @@ from sfedlora.flower.exchange import Lost
 from sfedlora.flower.secure_keys import write_private_key
 from sfedlora.flower.server import serve
 from sfedlora.flower.settings import site_settings
-from sfedlora.flower.site import Site
 from sfedlora.storage import read_tensors
 
-LIMIT = 0.05
 SECOND = TOPICS[1]
 """The client of node 2."""
 SHARED = Path("adapters", "shared", "adapter_model.safetensors")
 
 
-def secure_config(tmp_path: Path, **overrides: Any) -> RunConfig:
-    """Three sites, two short rounds."""
-    given = {
-        "rounds__num_rounds": 2,
-        "local__local_steps": 2,
-        "local__batch_size": 2,
-        "flower__sites": list(TOPICS),
-        "flower__min_replies": 3,
-        "flower__secure_sum": True,
-        "flower__secure_limit": LIMIT,
-    }
-    values = {**given, **overrides}
-    first = {key: values.pop(key) for key in list(values) if key.startswith("flower__")}
-    config = chat_config(tmp_path, **values)
-    return config.with_values({key.replace("__", "."): one for key, one in first.items()})
-
-
 def plain(config: RunConfig, output: Path) -> RunConfig:
     """The same without secure sums."""
     return config.with_values({"flower.secure_sum": False, "flower.secure_limit": None, "output": str(output)})
-
-
-def keys_of(folder: Path, sites: tuple[str, ...] = TOPICS) -> dict[str, dict[str, str]]:
-    """A private key for each site, and the file of public keys that each has: client id -> node settings."""
-    folder.mkdir(exist_ok=True)
-    public = {site: write_private_key(folder / f"{site}.key") for site in sites}
-    (folder / "public.json").write_text(json.dumps(public))
-    return {
-        site: {"secure-key": str(folder / f"{site}.key"), "secure-public-keys": str(folder / "public.json")}
-        for site in sites
-    }
-
-
-def site_at(config: RunConfig, client_id: str, path: Path, state_dir: Path, keys: dict[str, str]) -> Site:
-    node = {"client-id": client_id, "data": str(path), "state-dir": str(state_dir), **keys}
-    return Site(site_settings(config, node))
 
 
 def sites_of(config: RunConfig, tmp_path: Path, name: str = "sites") -> LocalExchange:
