@@ -254,3 +254,9 @@ def test_compilation_goes_with_plain_layers_only(other: str, tmp_path: Path) -> 
     RunConfig.load(path, ["model.compile=true"])
     with pytest.raises(ConfigError, match="compile goes with neither"):
         RunConfig.load(path, ["model.compile=true", f"model.{other}"])
+
+
+def test_compilation_goes_without_dropout_only(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"model\.compile goes with lora\.dropout: 0 only"):
+        RunConfig.load(path, ["model.compile=true", "lora.dropout=0.1"])

@@ -127,7 +127,7 @@ def test_no_compiler_is_one_message(tmp_path: Path, capsys: Capsys, monkeypatch:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of torch's compiler about itself
-@pytest.mark.parametrize("given", [["runner=serial"], ["runner=batched", "clients_per_batch=3", "lora.dropout=0.1"]])
+@pytest.mark.parametrize("given", [["runner=serial"], ["runner=batched", "clients_per_batch=3"]])
 def test_compiled_layers_give_the_same_results_up_to_rounding(given: list[str], tmp_path: Path) -> None:
     """A compiler was found to be there; 2 rounds of 2 AdamW steps: losses to 1e-5, adapters to 1e-3 relative.
 

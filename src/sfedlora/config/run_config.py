@@ -157,6 +157,11 @@ class RunConfig(Section):
                 f"lora.init: local starts every client from its own A, but method {self.method.name!r} freezes one A "
                 "that all share; use independent or shared"
             )
+        if self.model.compile and self.lora.dropout:
+            raise ValueError(
+                "model.compile goes with lora.dropout: 0 only: torch.compile leaves out layers whose masks are drawn "
+                "from each client's seed; leave one of them out"
+            )
         self._check_ranks(method)
         self._check_protection(method)
         if self.local.optimizer_state == "keep" and (method.traits.restarts or method.traits.keeps_products):

@@ -111,7 +111,8 @@ class ModelSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile the transformer layers with torch.compile: faster steps after first ones that take minutes; needs a C++
-    compiler (on GPUs Triton). Results differ in rounding from those without, and equal bits need the same compiler."""
+    compiler (on GPUs Triton) and lora.dropout: 0. Results differ in rounding from those without, and equal bits need
+    the same compiler."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
