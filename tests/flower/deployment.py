@@ -134,7 +134,7 @@ class Deployment:
         )
         return name
 
-    def flwr(self, *arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    def flwr(self, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """One call of flwr."""
         return subprocess.run(
             [str(BIN / "flwr"), *arguments],
