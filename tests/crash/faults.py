@@ -145,7 +145,7 @@ class Watch:
                 self._end()
             if self._fault.kind == "operation":
                 self._end()
-        self.points.append(Point(operation, str(args[0].relative_to(self._folder))))
+        self.points.append(Point(operation, os.path.relpath(args[0], self._folder)))
 
     def boundary(self) -> None:
         """The program has yielded an event."""
@@ -161,12 +161,18 @@ class Watch:
 
 
 def watch(fault: Fault | None, folder: Path, backups: Path) -> Watch:
-    """Watch this process's operations in and below a folder; there is no way back, so do it in a child."""
+    """Watch this process's operations in and below a folder; there is no way back, so do it in a child.
+
+    The sync that makes the folder's own name last is one of them: without it a power loss would take all there is.
+    """
     watched = Watch(fault, folder, backups)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event.startswith(_PREFIX) and (args[0] == folder or folder in args[0].parents):
-            watched.operation(event.removeprefix(_PREFIX), args)
+        if not event.startswith(_PREFIX):
+            return
+        operation = event.removeprefix(_PREFIX)
+        if args[0] == folder or folder in args[0].parents or (operation == "sync" and args[0] == folder.parent):
+            watched.operation(operation, args)
 
     sys.addaudithook(hook)
     return watched
