@@ -54,7 +54,8 @@ class Deployment:
 
     def config(self, shared: Path, output: Path) -> RunConfig:
         """The federation's configuration."""
-        short = {"flower__min_replies": 1, "flower__metrics": "per-client", **self.options}
+        waits = dict.fromkeys(("flower__round_deadline_seconds", "flower__join_deadline_seconds"), 3600.0)
+        short = {"flower__min_replies": 1, "flower__metrics": "per-client", **waits, **self.options}
         if not self.sentiment:
             return small_config(shared, **short).with_values({"output": str(output)})
         values = yaml.safe_load((shared / "run.yaml").read_text(encoding="utf-8"))

@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 KILLED = -signal.SIGKILL
-MAX_SECONDS = 120.0
+MAX_SECONDS = 900.0
+"""After that a life counts as hung; a life takes two seconds where it has a core to itself."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ def _finish(victim: Victim, work: Path, expected: Mapping[str, bytes], counts: C
         life = _live(victim, work / "shared", folder, None, work)
         counts.resumes += 1
         if life.code:
-            return f"does not go on (exit {life.code}): {(work / 'error.txt').read_text(encoding='utf-8')}"
+            error = work / "error.txt"
+            reason = error.read_text(encoding="utf-8") if error.exists() else f"no end within {MAX_SECONDS:g} s"
+            return f"does not go on (exit {life.code}): {reason}"
         if victim.is_finished(folder):
             break
     return difference(expected, victim.result(folder))
