@@ -10,7 +10,7 @@ import pytest
 
 from crash.faults import Fault, Watch, watch
 from crash.harness import Plan, campaign
-from sfedlora.storage import make_directory, remove_file, write_bytes
+from sfedlora.storage import append_line, make_directory, remove_file, write_bytes
 
 
 class _PowerLostError(Exception):
@@ -34,7 +34,9 @@ def _write_two(folder: Path) -> None:
     remove_file(folder / "b")
 
 
-def _after_power_loss(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes] | None:
+def _after_power_loss(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None] = _write_two
+) -> dict[str, bytes] | None:
     """What is in a folder when power is lost before an operation; None: it is not there."""
     folder, backups = tmp_path / "run", tmp_path / "backups"
     backups.mkdir()
@@ -44,7 +46,7 @@ def _after_power_loss(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) 
     watch(Fault("operation", at, power_loss=True), folder, backups)
     monkeypatch.setattr("sys.audit", lambda event, *args: hooks[0](event, args))
     with pytest.raises(_PowerLostError):
-        _write_two(folder)
+        write(folder)
     if not folder.is_dir():
         return None
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -73,6 +75,18 @@ def test_what_was_synced_with_its_name_outlives_a_power_loss(
     left = _after_power_loss(tmp_path, at, monkeypatch)
     assert left is None if expected is None else left is not None
     assert {name: one for name, one in (left or {}).items() if not name.startswith(".")} == (expected or {})
+
+
+def test_a_line_added_to_an_empty_file_does_not_make_its_name_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(folder: Path) -> None:
+        make_directory(folder)
+        write_bytes(folder / "lines", b"")
+        append_line(folder / "lines", "first")
+        write_bytes(folder / "other", b"")
+
+    assert _after_power_loss(tmp_path, 8, monkeypatch, write) == {"lines": b"first\n"}
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ class Rounds:
         Raises:
             RunError: a round had too few usable replies.
         """
+        self._writer.drop(checkpoint.progress["best_round"])  # what a killed server had no time to remove
         while checkpoint.state.server.round_num < self._server.rounds.num_rounds:
             with Spool(self._scratch) as spool:
                 checkpoint = self._round(checkpoint, spool)
