@@ -93,7 +93,7 @@ test-crash: $(VENV)/.dev
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/.dev
 	$(INSTALL) 'atheris>=3.0'
-	for target in config examples parquet adapter checkpoint; do \
+	for target in config examples parquet adapter checkpoint records; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run_fuzzer.py $$target $(FUZZ_SECONDS) --max-length 8192 \
 	    --found .fuzz/found/$$target --crashes .fuzz/crashes || exit 1; \
 	done

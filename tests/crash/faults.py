@@ -47,9 +47,18 @@ class Point:
 
 @dataclass
 class _PowerLoss:
-    """What a power loss takes back: the operations since the last sync of their file or folder."""
+    """What a power loss takes back: the operations since the last sync of their file or folder.
+
+    Attributes:
+        backups: folder for files that a removal or a rename may have to give back.
+        names: the files that there are; another one that is written to is new.
+        dirty: file -> its size when it was last synced.
+        pending: changes of names whose folder was not synced since.
+        unfinished: what to note of the operation that is under way.
+    """
 
     backups: Path
+    names: set[Path]
     dirty: dict[Path, int] = field(default_factory=dict)
     pending: list[tuple[str, Path, Path | None, Path | None]] = field(default_factory=list)
     unfinished: Callable[[], None] | None = None
@@ -60,8 +69,9 @@ class _PowerLoss:
             self.unfinished()
         path: Path = args[0]
         if operation == "write":
-            size, is_new = os.fstat(args[1]).st_size, len(args[2]) > 0 and os.fstat(args[1]).st_size == 0
-            if is_new:
+            size = os.fstat(args[1]).st_size
+            if path not in self.names:
+                self.names.add(path)
                 self.pending.append(("create", path, None, None))
             self.unfinished = lambda: self._written(path, size)
         elif operation == "sync":
@@ -109,14 +119,19 @@ class _PowerLoss:
 
     def _removed(self, kind: str, path: Path, backup: Path | None) -> None:
         if not path.exists():  # or it was refused
+            self.names.discard(path)
             self.pending.append((kind, path, None, backup))
 
     def _renamed(self, path: Path, to: Path, backup: Path | None) -> None:
         if path.exists() or not to.exists():  # it was refused
             return
         self.pending.append(("rename", path, to, backup))
-        for name in [name for name in self.dirty if name == path or path in name.parents]:
-            self.dirty[to / name.relative_to(path) if name != path else to] = self.dirty.pop(name)
+        for name in [name for name in self.names if name == path or path in name.parents]:
+            after = to / name.relative_to(path) if name != path else to
+            self.names.remove(name)
+            self.names.add(after)
+            if name in self.dirty:
+                self.dirty[after] = self.dirty.pop(name)
 
     def _backup(self, path: Path) -> Path | None:
         if not path.is_file() or path.is_symlink():
@@ -133,7 +148,8 @@ class Watch:
         self.points: list[Point] = []
         self.num_boundaries = 0
         self._fault, self._folder = fault, folder
-        self._loss = _PowerLoss(backups) if fault is not None and fault.power_loss else None
+        names = {path for path in folder.rglob("*") if not path.is_dir()}
+        self._loss = _PowerLoss(backups, names) if fault is not None and fault.power_loss else None
 
     def operation(self, operation: str, args: tuple[Any, ...]) -> None:
         """An operation is about to happen."""
@@ -145,7 +161,7 @@ class Watch:
                 self._end()
             if self._fault.kind == "operation":
                 self._end()
-        self.points.append(Point(operation, str(args[0].relative_to(self._folder))))
+        self.points.append(Point(operation, os.path.relpath(args[0], self._folder)))
 
     def boundary(self) -> None:
         """The program has yielded an event."""
@@ -161,12 +177,18 @@ class Watch:
 
 
 def watch(fault: Fault | None, folder: Path, backups: Path) -> Watch:
-    """Watch this process's operations in and below a folder; there is no way back, so do it in a child."""
+    """Watch this process's operations in and below a folder; there is no way back, so do it in a child.
+
+    The sync that makes the folder's own name last is one of them: without it a power loss would take all there is.
+    """
     watched = Watch(fault, folder, backups)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event.startswith(_PREFIX) and (args[0] == folder or folder in args[0].parents):
-            watched.operation(event.removeprefix(_PREFIX), args)
+        if not event.startswith(_PREFIX):
+            return
+        operation = event.removeprefix(_PREFIX)
+        if args[0] == folder or folder in args[0].parents or (operation == "sync" and args[0] == folder.parent):
+            watched.operation(operation, args)
 
     sys.addaudithook(hook)
     return watched

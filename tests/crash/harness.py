@@ -10,16 +10,30 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from crash.faults import Fault, Point, watch
+from crash.faults import Fault, Point, Watch, watch
 from crash.victims import Victim
 
-__all__ = ["Counts", "Plan", "campaign"]
+__all__ = [
+    "KILLED",
+    "MAX_SECONDS",
+    "Counts",
+    "Life",
+    "Plan",
+    "campaign",
+    "difference",
+    "leaving",
+    "read_life",
+    "second_fault",
+    "write_life",
+]
 
 KILLED = -signal.SIGKILL
-MAX_SECONDS = 120.0
+MAX_SECONDS = 900.0
+"""After that a life counts as hung; a life takes two seconds where it has a core to itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,12 @@ class Plan:
     power_share: float = 1.0
     random_times: int = 0
     seed: int = 0
+
+    def choose(self, life: Life, rng: random.Random) -> list[Fault]:
+        """The faults to try of those that an undisturbed life has."""
+        faults = _faults(life)
+        chosen = [one for one in faults if rng.random() < (self.power_share if one.power_loss else self.share)]
+        return [*chosen, *(Fault("time", rng.uniform(0.05, 1.0) * life.seconds) for _ in range(self.random_times))]
 
 
 @dataclass
@@ -58,13 +78,28 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _Life:
+class Life:
     """How one child ended, and the operations and boundaries that it saw if it ended well."""
 
     code: int
     seconds: float
     points: tuple[Point, ...] = ()
     num_boundaries: int = 0
+
+    @property
+    def num_fault_points(self) -> int:
+        """The places at which it can be killed."""
+        return sum(not fault.power_loss for fault in _faults(self))
+
+    def at(self, fault: Fault) -> str:
+        """What was about to happen at a fault."""
+        return str(self.points[int(fault.at)]) if fault.kind in ("operation", "torn") else ""
+
+
+def second_fault(rng: random.Random) -> Fault | None:
+    """For one life in four that goes on: where it is killed again, if it comes so far."""
+    second = Fault("operation", rng.randrange(30), power_loss=rng.random() < 0.5)
+    return second if rng.random() < 0.25 else None
 
 
 def campaign(victim: Victim, work: Path, plan: Plan, say: Callable[[str], None]) -> Counts:
@@ -84,12 +119,9 @@ def campaign(victim: Victim, work: Path, plan: Plan, say: Callable[[str], None])
     if life.code or again.code:
         raise RuntimeError(f"the program fails without any fault:\n{(work / 'error.txt').read_text(encoding='utf-8')}")
     expected = victim.result(whole)
-    faults = list(_faults(life))
-    counts = Counts(fault_points=sum(not fault.power_loss for fault in faults))
+    counts = Counts(fault_points=life.num_fault_points)
     rng = random.Random(plan.seed)  # noqa: S311 - a choice of tests
-    chosen = [fault for fault in faults if rng.random() < (plan.power_share if fault.power_loss else plan.share)]
-    chosen += [Fault("time", rng.uniform(0.05, 1.0) * life.seconds) for _ in range(plan.random_times)]
-    for fault in chosen:
+    for fault in plan.choose(life, rng):
         shutil.rmtree(folder, ignore_errors=True)
         counts.faults_tried += 1
         first = _live(victim, shared, folder, fault, work)
@@ -97,22 +129,22 @@ def campaign(victim: Victim, work: Path, plan: Plan, say: Callable[[str], None])
             raise RuntimeError(f"{fault} itself failed:\n{(work / 'error.txt').read_text(encoding='utf-8')}")
         counts.kills += first.code == KILLED
         counts.power_losses += first.code == KILLED and fault.power_loss
-        second = Fault("operation", rng.randrange(30), power_loss=rng.random() < 0.5)
-        killed_again = _live(victim, shared, folder, second, work) if rng.random() < 0.25 else None
-        if killed_again is not None and killed_again.code == KILLED:
+        second = second_fault(rng)
+        killed_again = _live(victim, shared, folder, second, work) if second is not None else None
+        if second is not None and killed_again is not None and killed_again.code == KILLED:
             counts.kills += 1
             counts.resumes_killed += 1
             counts.power_losses += second.power_loss
         problem = _finish(victim, work, expected, counts)
         if problem:
-            at = life.points[int(fault.at)] if fault.kind in ("operation", "torn") else ""
             then = f", then {second}" if killed_again is not None else ""
-            counts.mismatches.append(f"{fault} {at}{then}: {problem}")
+            counts.mismatches.append(f"{fault} {life.at(fault)}{then}: {problem}")
             say(counts.mismatches[-1])
     return counts
 
 
-def _faults(life: _Life) -> Iterator[Fault]:
+def _faults(life: Life) -> Iterator[Fault]:
+    """All faults of a life but those at random times."""
     for number, point in enumerate(life.points):
         yield Fault("operation", number)
         yield Fault("operation", number, power_loss=True)
@@ -129,15 +161,21 @@ def _finish(victim: Victim, work: Path, expected: Mapping[str, bytes], counts: C
         life = _live(victim, work / "shared", folder, None, work)
         counts.resumes += 1
         if life.code:
-            return f"does not go on (exit {life.code}): {(work / 'error.txt').read_text(encoding='utf-8')}"
-        if (folder / "summary.json").is_file():
+            error = work / "error.txt"
+            reason = error.read_text(encoding="utf-8") if error.exists() else f"no end within {MAX_SECONDS:g} s"
+            return f"does not go on (exit {life.code}): {reason}"
+        if victim.is_finished(folder):
             break
-    found = victim.result(folder)
+    return difference(expected, victim.result(folder))
+
+
+def difference(expected: Mapping[str, bytes], found: Mapping[str, bytes]) -> str:
+    """What differs, or nothing."""
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return f"differs in {', '.join(different)}" if different else ""
 
 
-def _live(victim: Victim, shared: Path, folder: Path, fault: Fault | None, work: Path) -> _Life:
+def _live(victim: Victim, shared: Path, folder: Path, fault: Fault | None, work: Path) -> Life:
     """One life of the program in a child."""
     report = work / "report.json"
     backups = work / "backups"
@@ -157,21 +195,37 @@ def _live(victim: Victim, shared: Path, folder: Path, fault: Fault | None, work:
             break
         time.sleep(0.002)
     code, seconds = os.waitstatus_to_exitcode(waited[1]), time.monotonic() - begin
+    return read_life(report, code, seconds)
+
+
+def read_life(report: Path, code: int, seconds: float) -> Life:
+    """How a child ended, with what it has written of itself if it ended well."""
     if code or not report.exists():
-        return _Life(code, seconds)
+        return Life(code, seconds)
     content = json.loads(report.read_text(encoding="utf-8"))
-    return _Life(code, seconds, tuple(Point(*point) for point in content["points"]), content["num_boundaries"])
+    return Life(code, seconds, tuple(Point(*point) for point in content["points"]), content["num_boundaries"])
 
 
 def _child(victim: Victim, shared: Path, folder: Path, fault: Fault | None, work: Path) -> None:
     """Live, then leave without any of the parent's exits."""
+    with leaving(work / "error.txt"):
+        watched = watch(fault, victim.watched(folder), work / "backups")
+        victim.start(shared, folder, watched.boundary)
+        write_life(work / "report.json", watched)
+
+
+def write_life(report: Path, watched: Watch) -> None:
+    """What a child has seen, for `read_life`."""
+    content = {"points": [(p.operation, p.path) for p in watched.points], "num_boundaries": watched.num_boundaries}
+    report.write_text(json.dumps(content), encoding="utf-8")
+
+
+@contextmanager
+def leaving(error: Path) -> Iterator[None]:
+    """End a forked child after a block, whatever happens in it: it must never run on in its parent's code."""
     try:
-        watched = watch(fault, folder, work / "backups")
-        for _ in victim.start(shared, folder):
-            watched.boundary()
-        content = {"points": [(p.operation, p.path) for p in watched.points], "num_boundaries": watched.num_boundaries}
-        (work / "report.json").write_text(json.dumps(content), encoding="utf-8")
+        yield
         os._exit(0)
-    except BaseException:  # a child must never run on in its parent's code
-        (work / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    except BaseException:
+        error.write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from crash.deployment import Deployment
+from crash.flower_server import Server
 from sfedlora import RunConfig
 from sfedlora.errors import Interrupted
 from sfedlora.experiment import resume_events, run_events
@@ -23,14 +25,20 @@ class Victim(Protocol):
     """A program that can be killed and started again.
 
     `prepare` runs once in the parent (what it imports, no child imports again; it must not train, since a process that
-    did cannot be forked), `start` in a child for every life of the program: it begins, or goes on with what
-    it finds in the folder, and yields at every boundary worth a kill. `result` is what must be equal in the end.
+    did cannot be forked), `start` in a child for every life of the program: it begins, or goes on with what it finds
+    in the folder, and calls `boundary` at every moment worth a kill. `result` is what must be equal in the end.
     """
 
     def prepare(self, shared: Path) -> None:
         """Write what all runs read."""
 
-    def start(self, shared: Path, folder: Path) -> Iterator[object]:
+    def watched(self, folder: Path) -> Path:
+        """The part of the folder whose operations are fault points."""
+
+    def is_finished(self, folder: Path) -> bool:
+        """Whether there is nothing to go on with."""
+
+    def start(self, shared: Path, folder: Path, boundary: Callable[[], None]) -> None:
         """Begin, or go on with what is in the folder."""
 
     def result(self, folder: Path) -> Mapping[str, bytes]:
@@ -62,14 +70,21 @@ class Run:
             write_config(shared / "run.yaml", data={"max_length": 16}, lora=lora, **few)
         prepare(RunConfig.load(shared / "run.yaml", [*self.overrides, f"output={shared / 'never'}"]))
 
-    def start(self, shared: Path, folder: Path) -> Iterator[object]:
+    def watched(self, folder: Path) -> Path:
+        return folder
+
+    def is_finished(self, folder: Path) -> bool:
+        return (folder / "summary.json").is_file()
+
+    def start(self, shared: Path, folder: Path, boundary: Callable[[], None]) -> None:
         if (folder / "config.yaml").is_file():
-            yield from resume_events(folder)
+            for _ in resume_events(folder):
+                boundary()
             return
         events = run_events(RunConfig.load(shared / "run.yaml", [*self.overrides, f"output={folder}"]))
         trained = 0
         for event in events:
-            yield event
+            boundary()
             trained += isinstance(event, ClientTrained)
             if trained == self.stop_after:
                 try:
@@ -86,6 +101,8 @@ class Run:
         return {**content, "metrics.jsonl": json.dumps(untimed).encode()}
 
 
+STATEFUL = {"local__optimizer_state": "keep", "rounds__server_optimizer": "fedyogi"}
+"""Across sites: B and moments there, moments of the server."""
 _KEEP = {"local": {"optimizer_state": "keep", "local_steps": 2, "learning_rate": 1e-2, "batch_size": 4}}
 SCENES: Mapping[str, Victim] = {
     "fedsa, serial, kept moments": Run(_KEEP, ("runner=serial", "lora.dropout=0.1")),
@@ -108,4 +125,7 @@ SCENES: Mapping[str, Victim] = {
     "personal heads, serial": Run(overrides=("method.head=personal", "runner=serial"), sentiment=True),
     "personal heads, stacks": Run(overrides=("method.head=personal", "runner=batched"), sentiment=True),
     "hetlora with ranks, serial": Run(overrides=("preset=hetlora", "lora.rank=[2,4,3]", "runner=serial")),
+    "Flower server, fedsa with fedyogi, kept moments": Server(Deployment(STATEFUL)),
+    "Flower server, fedex": Server(Deployment({"method__name": "fedex", "lora__scaling": "lora"})),
+    "Flower server, personal heads": Server(Deployment({"method__head": "personal"}, sentiment=True)),
 }

@@ -14,7 +14,7 @@ from flower.federations import exchange_of, small_config, small_files
 from flower.local_exchange import LocalExchange, facts
 from sfedlora import RunConfig
 from sfedlora.artifacts import CheckpointWriter, RunDirectory
-from sfedlora.errors import ConfigError, InputError
+from sfedlora.errors import ConfigError, InputError, StorageError
 from sfedlora.flower import rounds
 from sfedlora.flower.envelope import Envelope
 from sfedlora.flower.exchange import Lost
@@ -105,6 +105,7 @@ def _assert_same(tmp_path: Path, config: RunConfig, expected: Undisturbed) -> No
     personal = _files(tmp_path / "sites", "*/*/*/adapter/*")
     assert len(personal) >= 4
     assert personal == _files(expected.state_dir, "*/*/*/adapter/*")
+    assert len(list(path.glob("checkpoints/round-*"))) == len(list(expected.path.glob("checkpoints/round-*")))
     last = "*/*/*/round-000004/*"
     assert _files(tmp_path / "sites", last) == _files(expected.state_dir, last) != {}
     assert _metrics(path) == _metrics(expected.path)
@@ -137,6 +138,7 @@ PLACES: dict[str, tuple[type | object, str, int, bool]] = {
     "between line and checkpoint": (RunDirectory, "append_metrics", 2, False),
     "before the checkpoint of round 3": (CheckpointWriter, "save", 3, True),
     "after the last checkpoint": (CheckpointWriter, "save", 4, False),
+    "between the last checkpoint and the removal of an old one": (CheckpointWriter, "drop", 5, True),
     "after the last line": (RunDirectory, "append_metrics", 4, False),
     "before the shared adapter": (rounds, "write_served", 1, True),
     "after the shared adapter": (rounds, "write_served", 1, False),
@@ -156,7 +158,12 @@ def _doomed(call: Callable[..., Any], doom: Doom, *, before: bool) -> Callable[.
     return act
 
 
-QUICK = ("between line and checkpoint", "before the checkpoint of round 3", "before the summary")
+QUICK = (
+    "between line and checkpoint",
+    "between the last checkpoint and the removal of an old one",
+    "before the checkpoint of round 3",
+    "before the summary",
+)
 
 
 @pytest.mark.parametrize("place", [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in PLACES])
@@ -214,6 +221,18 @@ def test_a_run_is_not_resumed_with_another_configuration(tmp_path: Path) -> None
         _serve(other, _exchange(other, tmp_path), resume=True)
     with pytest.raises(ConfigError, match="already holds another run"):
         _serve(config, _exchange(config, tmp_path))
+
+
+def test_lines_that_lack_are_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    with pytest.raises(Killed):
+        _serve(config, _exchange(config, tmp_path, pull_doom=Doom(8)))
+    metrics = Path(config.output, "metrics.jsonl")
+    assert len(metrics.read_text().splitlines()) >= 1
+    metrics.unlink()
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: damaged or edited: has the rounds \[\]"):
+        _serve(config, _exchange(config, tmp_path), resume=True)
+    assert list(Path(config.output, "checkpoints").glob("round-*"))
 
 
 def test_a_run_of_one_machine_is_not_resumed_as_a_server(tmp_path: Path) -> None:

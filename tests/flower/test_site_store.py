@@ -72,6 +72,15 @@ def test_nothing_to_keep_removes_nothing(store: SiteStore) -> None:
     assert store.rounds() == [1, 2, 3]
 
 
+def test_what_a_killed_process_left_goes_and_what_is_whole_stays(store: SiteStore) -> None:
+    shutil.copytree(store.path / "round-000001", store.path / ".round-000001.tmp")
+    (store.path / ".noise.key.tmp").write_bytes(b"half")
+    before = {path: path.read_bytes() for path in store.path.glob("[!.]*/*")}
+    store.remove_leftovers()
+    assert {path.name for path in store.path.iterdir()} == {"round-000001", "round-000002", "round-000003"}
+    assert {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()} == before
+
+
 def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

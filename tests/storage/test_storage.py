@@ -12,6 +12,7 @@ import torch
 
 from sfedlora.errors import StorageError
 from sfedlora.storage import (
+    add_file,
     append_line,
     directory_written_whole,
     read_json,
@@ -59,6 +60,26 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
         with directory_written_whole(path) as folder:
             (folder / name).touch()
     assert [item.name for item in path.iterdir()] == ["b"]
+
+
+def test_a_folder_that_is_replaced_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever operation a process is ended at, the folder is the old one, the new one, or not there."""
+    path, seen = tmp_path / "round", list[dict[str, str] | None]()
+
+    def look(event: str, *_: object) -> None:
+        if not event.startswith("sfedlora.storage."):
+            return
+        found = {item.name: item.read_text(encoding="utf-8") for item in path.glob("*")}
+        seen.append(found if path.is_dir() else None)
+
+    for text in ("old", "new"):
+        with directory_written_whole(path) as folder:
+            for name in ("a", "b", "c"):
+                add_file(folder / name, text.encode())
+            if text == "new":
+                monkeypatch.setattr("sys.audit", look)
+    old, new = (dict.fromkeys(("a", "b", "c"), text) for text in ("old", "new"))
+    assert [one for number, one in enumerate(seen) if not number or one != seen[number - 1]] == [old, None, new]
 
 
 def test_what_an_earlier_kill_left_does_not_matter(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class RunDirectory:
                 yield directory
         except StorageError:
             if not existed and not any(path.iterdir()):
-                path.rmdir()
+                remove_tree(path)
             raise
 
     def _begin(self, config: RunConfig, environment: Mapping[str, Any], partition: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class RunDirectory:
             write_json(self.path / "partition.json", partition)
             write_text(self.path / "config.yaml", config.dump())
         except StorageError:
-            (self.path / "config.yaml").unlink(missing_ok=True)
+            remove_tree(self.path / "config.yaml")
             self._remove_unborn()
             raise
 
@@ -91,7 +91,7 @@ class RunDirectory:
         """Remove what a process left that was killed before it had made a run of the folder."""
         for left in self.path.iterdir():
             if left.name != OWNER_FILE:
-                left.unlink()
+                remove_tree(left)
 
     @staticmethod
     def check_free(path: Path) -> None:
@@ -240,7 +240,7 @@ class RunDirectory:
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half written: temporary files, and adapters of an unfinished run."""
         for path in self.path.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+            remove_tree(path)
         self.checkpoints.remove_leftovers()
         if not self.summary():
             remove_tree(self.path / "adapters")

@@ -98,6 +98,7 @@ class Rounds:
         Raises:
             RunError: a round had too few usable replies.
         """
+        self._writer.drop(self._checkpoint.progress["best_round"])  # what a killed server had no time to remove
         while self._checkpoint.state.server.round_num < self._server.rounds.num_rounds:
             with Spool(self._scratch) as spool:
                 self._checkpoint = self._round(self._checkpoint, spool)

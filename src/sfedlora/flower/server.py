@@ -162,6 +162,7 @@ def _take_up(
     known = checkpoint.progress.get("sites") or {key: {"num_examples": count} for key, count in counts.items()}
     for client_id, facts in known.items():
         sites.known[client_id] = SiteRecord(facts["num_examples"], accepted_round=facts.get("accepted_round", 0))
-    is_pending = checkpoint.progress["pending"] is not None
-    directory.drop_metrics_after(checkpoint.state.server.round_num - is_pending)
+    num_complete = checkpoint.state.server.round_num - (checkpoint.progress["pending"] is not None)
+    directory.drop_metrics_after(num_complete)
+    directory.require_metrics_to(num_complete)
     return server, with_kept_best(checkpoint, recovered.kept, directory.metrics())

@@ -58,6 +58,7 @@ from sfedlora.privacy.noise import derive_key
 from sfedlora.privacy.secure_sum import LimitError
 from sfedlora.setup.environment import library_versions
 from sfedlora.setup.site import SiteData, adapt_site, load_site
+from sfedlora.storage import directory_written_whole
 from sfedlora.types import LoraSize, LoraSizes, Part, ServerState, Tensors, select_parts
 
 __all__ = ["EXTRA", "INITIAL", "SHARED", "Site", "open_site"]
@@ -144,6 +145,7 @@ class Site:
             raise MessageError(f"a message for client {request.client_id!r}; this site is {client_id!r}")
         self._require_sound(request)
         store = SiteStore.at(self._settings.state_dir, request.federation_id, client_id)
+        store.remove_leftovers()
         if request.personal_round and request.personal_round not in store.rounds():
             raise _LostStateError
         num_examples = len(data.splits[client_id].train)
@@ -233,7 +235,8 @@ class Site:
             scaling_clients=request.scaling_clients,
         )
         tensors = serving_adapter(federation, state, request.client_id)
-        write_served(store.path / "adapter", tensors, state.server.extra, federation.sizes.server, facts)
+        with directory_written_whole(store.path / "adapter", private=True) as folder:  # nobody may ask for it again
+            write_served(folder, tensors, state.server.extra, federation.sizes.server, facts, private=True)
 
 
 def _kind_of(error: ClientError) -> FailureCode:

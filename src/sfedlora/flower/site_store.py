@@ -23,6 +23,7 @@ from sfedlora.storage import (
     read_record,
     read_tensors,
     remove_directory,
+    remove_tree,
     to_json,
     to_safetensors,
     write_bytes,
@@ -79,11 +80,9 @@ class SiteStore:
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         files = {f"{name}.safetensors": content for name, content in contents.items()}
         files["state.json"] = to_json({"round_num": round_num, "sha256": digests}).encode()
-        with directory_written_whole(self._folder(round_num)) as folder:
-            folder.chmod(0o700)
+        with directory_written_whole(self._folder(round_num), private=True) as folder:
             for name, content in files.items():
-                add_file(folder / name, content)
-                (folder / name).chmod(0o600)
+                add_file(folder / name, content, private=True)
 
     def load(self, round_num: int) -> tuple[Tensors, Tensors]:
         """The personal factors and the optimizer moments after a round.
@@ -113,6 +112,11 @@ class SiteStore:
         for round_num in self.rounds():
             if round_num < max(round_nums, default=0) and round_num not in round_nums:
                 remove_directory(self._folder(round_num))
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half written or half removed."""
+        for path in self.path.glob(".*.tmp"):
+            remove_tree(path)
 
     def secret_key(self) -> bytes:
         """The key of the noise that this site adds; drawn once, never sent.

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfedlora.errors import InputError, StorageError
+from sfedlora.errors import InputError
 from sfedlora.report.panels import PALETTE, Panel, line_label, line_styles
-from sfedlora.storage import write_bytes
+from sfedlora.storage import make_directory, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,10 +67,7 @@ def _new_figure(rows: Sequence[Sequence[Panel]]) -> Figure:
 def _save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{path.parent}: cannot be made ({error.strerror})") from None
+    make_directory(path.parent)
     write_bytes(path, content.getvalue())
 
 

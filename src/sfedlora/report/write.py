@@ -11,7 +11,7 @@ from sfedlora.report.load import CellRecord, RunRecord, cell_of_run, load_cells,
 from sfedlora.report.page import Page, plotly_source, render
 from sfedlora.report.run_page import facts_of, run_sections, status_of
 from sfedlora.report.series import run_label
-from sfedlora.storage import write_bytes
+from sfedlora.storage import make_directory, write_bytes
 
 __all__ = ["page_of", "write_reports"]
 
@@ -48,7 +48,7 @@ def write_reports(
         cells = [cell_of_run(run) for run in loaded.values()]
         pages[folder / NAME] = _comparison(f"{len(runs)} runs", cells, loaded)
     for path, page in pages.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_bytes(path, render(page, plotly=plotly).encode())
     return list(pages)
 

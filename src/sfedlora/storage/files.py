@@ -115,24 +115,31 @@ def directory_written_whole(path: Path, *, private: bool = False) -> Iterator[Pa
     """Fill a temporary folder that takes its final name only when the block ends without an error.
 
     Args:
-        path: the folder; one of that name is replaced.
+        path: the folder; one of that name is replaced, and never half there meanwhile.
         private: open to its owner alone, whatever the umask.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    temporary = _temporary(path)
+    temporary, before = _temporary(path), _temporary(path.with_name(f"{path.name}.before"))
     try:
         disk.remove_tree(temporary)
         make_directory(path.parent)
         disk.make_folder(temporary, private=private)
         yield temporary
         disk.sync(temporary)
-        if path.exists():
-            disk.remove_tree(path)
+        is_replaced = path.exists() or path.is_symlink()
+        if is_replaced:
+            disk.remove_tree(before)
+            disk.rename(path, before)
         disk.rename(temporary, path)
         disk.sync(path.parent)
+        if is_replaced:
+            disk.remove_tree(before)
     except OSError as error:
+        if before.exists() and not path.exists():
+            with suppress(OSError):
+                disk.rename(before, path)
         disk.remove_tree(temporary)
         raise _refused(path, error) from None
     except BaseException:
