@@ -138,7 +138,7 @@ WHOLE: list[tuple[list[str], list[Bar]]] = [
     (["label_head.py", "--layers", "30", "--pairs", "5"], HEAD_WHOLE),
     (["runners.py", "--models", "smollm2-8", "--tokens", "32", "128", "--steps", "3", "--pairs", "5"], RUNNERS),
     (["runners.py", "--models", "smollm2", "--tokens", "32", "128", "--steps", "2", "--pairs", "3"], RUNNERS),
-    (["runners.py", "--trainer", "--models", "smollm2", "--steps", "2", "--pairs", "2"], TRAINERS),
+    (["runners.py", "--trainer", "--models", "smollm2", "--clients", "4", "--steps", "3", "--pairs", "3"], TRAINERS),
 ]
 
 

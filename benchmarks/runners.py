@@ -86,13 +86,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--trainer", action="store_true")
+    parser.add_argument("--clients", type=int, help="with --trainer: this many of the topics; default: all")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
     for model in arguments.models:
         measured = (
-            _trainer_rows(model, arguments.pairs, arguments.steps)
+            _trainer_rows(model, arguments.pairs, arguments.steps, arguments.clients)
             if arguments.trainer
             else _runner_rows(model, arguments.tokens, arguments.pairs, arguments.steps, arguments.dtype)
         )
@@ -141,10 +142,10 @@ def _runner_rows(model: str, tokens: Sequence[int], num_pairs: int, steps: int, 
             yield _row(what, model, count, times[what], times["bare"])
 
 
-def _trainer_rows(model: str, num_pairs: int, steps: int) -> Iterator[Row]:
+def _trainer_rows(model: str, num_pairs: int, steps: int, num_clients: int | None) -> Iterator[Row]:
     """What `runner: auto` does on chat pairs in the checkpoint's dtype, against Trainers in float32 and in bfloat16."""
     source, task, num_layers = MODELS[model]
-    federation = _federation(source, steps)
+    federation = _federation(source, steps, num_clients)
     if num_layers is not None:
         del federation.resident.model.model.layers[num_layers:]
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"])
@@ -197,11 +198,11 @@ def _run(runner: Runner, works: Sequence[ClientWork]) -> None:
             raise result
 
 
-def _federation(source: str, steps: int) -> Federation:
+def _federation(source: str, steps: int, num_clients: int | None) -> Federation:
     values = {
         "model": {"source": source},
         "data": {"source": "package:sfedlora/assets/tiny_chat.jsonl", "max_length": 96},
-        "partition": {"scheme": "column", "column": "topic"},
+        "partition": {"scheme": "column", "column": "topic", "num_clients": num_clients},
         "lora": {"rank": RANK, "target_modules": ["q_proj", "v_proj"]},
         "local": {"local_steps": steps},
         "rounds": {"num_rounds": 1},
