@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -14,18 +13,14 @@ from sfedlora.experiment import load_state
 from sfedlora.methods import Contribution
 from sfedlora.types import LoraSize, Part, ServerState, part_of
 from support.command_line import sfedlora, write_config
+from support.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def test_the_table_is_what_the_script_writes() -> None:
-    path = ROOT / "scripts" / "write_methods_table.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("write_methods_table")
     assert script.methods_page(PAGE) == PAGE, "run python scripts/write_methods_table.py"
 
 

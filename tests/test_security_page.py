@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from support.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
@@ -31,12 +32,7 @@ def test_every_section_about_an_attacker_says_what_is_not_protected() -> None:
 
 
 def test_the_table_of_licences_is_what_the_script_writes() -> None:
-    path = ROOT / "scripts" / "write_licences.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("write_licences")
     page = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
     assert script.licences_page(page) == page, "run python scripts/write_licences.py where all extras are installed"
     assert "not installed where this table was written" not in page

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel
 
 from sfedlora import RunConfig
+from support.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -22,12 +22,7 @@ def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def test_the_page_is_what_the_script_writes() -> None:
-    path = ROOT / "scripts" / "write_configuration_docs.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("write_configuration_docs")
     assert script.configuration_page() == PAGE, "run python scripts/write_configuration_docs.py"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,19 @@ def _nodes(deployment: Deployment, files: Mapping[str, Path]) -> list[dict[str, 
     ]
 
 
+def _start_nodes(deployment: Deployment, files: Mapping[str, Path]) -> list[dict[str, str]]:
+    nodes = _nodes(deployment, files)
+    for number, node in enumerate(nodes):
+        registered = deployment.register(number)
+        assert registered.returncode == 0, registered.stdout + registered.stderr
+        deployment.start_node(number, node)
+    return nodes
+
+
+def _metrics(deployment: Deployment) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (deployment.root / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
 def _differing(expected: Path, sites: Path, deployment: Deployment) -> list[str]:
     """Adapter files that are not those of a run in one process; sites: where that run's sites keep theirs."""
     pairs = [(expected / "adapters" / "shared", deployment.root / "run" / "adapters" / "shared")]
@@ -59,50 +73,47 @@ def _differing(expected: Path, sites: Path, deployment: Deployment) -> list[str]
     return [str(b / name) for a, b in pairs for name in FILES if (a / name).read_bytes() != (b / name).read_bytes()]
 
 
-def test_three_sites_over_tls_give_the_bytes_of_the_serial_runner_and_a_killed_server_goes_on(
+@pytest.mark.slow
+def test_three_sites_over_tls_give_the_bytes_of_the_serial_runner_also_if_the_server_is_killed(
     tmp_path: Path, config: RunConfig, deployment: Deployment
 ) -> None:
     files = chat_files(tmp_path)
-    nodes = _nodes(deployment, files)
-    # hostile nodes first: the link must refuse them, and the federation must go on as if they were not there
-    other = tmp_path / "other-certificates"
-    write_test_certificates(other, num_nodes=1)
-    wrong_authority = deployment.start_node(7, nodes[0], certificate=other / "ca.crt", key=other / "node0.key")
-    no_key = deployment.start_node(8, nodes[0], key=other / "node0.key")
-    no_certificate = deployment.start_node(9, nodes[0], secure=False)
-    hostile = (wrong_authority, no_key, no_certificate)
-    for number in range(3):
-        registered = deployment.register(number)
-        assert registered.returncode == 0, registered.stdout + registered.stderr
-        deployment.start_node(number, nodes[number])
+    _start_nodes(deployment, files)
     first = deployment.submit()
     deployment.wait_for_file("checkpoints/round-000001", seconds=900)
     deployment.kill_server_app()
     assert deployment.wait_for_end(first, seconds=120).startswith("finished:failed")
     assert not (deployment.root / "run" / "summary.json").exists()
-    for name in hostile:
-        deployment.stop(name)
     deployment.submit(resume="true")
     deployment.wait_for_file("summary.json", seconds=900)
 
     local = run(config).run_dir
     assert _differing(local, local / "adapters" / "clients", deployment) == []
-    lines = [json.loads(line) for line in (deployment.root / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["excluded"] for line in lines] == [{}, {}, {}]
-    assert "SuperNode ID" in deployment.log("node0")  # what a node prints once the link has taken it
-    for name in hostile:
-        assert "Starting Flower SuperNode" in deployment.log(name)
-        assert "SuperNode ID" not in deployment.log(name)
+    assert [line["excluded"] for line in _metrics(deployment)] == [{}, {}, {}]
     trainers = [path.read_text().count("trainer of site") for path in deployment.root.glob("state*/trainer.log")]
     assert trainers == [1, 1, 1]  # the base model is loaded once per site, over both runs of the server
 
 
+def test_hostile_nodes_are_refused_and_a_killed_node_and_a_killed_server_go_on(
+    tmp_path: Path, config: RunConfig, deployment: Deployment
+) -> None:
+    files = chat_files(tmp_path)
+    # hostile nodes first: the link must refuse them, and the federation must go on as if they were not there
+    node, other = _nodes(deployment, files)[0], tmp_path / "other-certificates"
+    write_test_certificates(other, num_nodes=1)
+    wrong_authority = deployment.start_node(7, node, certificate=other / "ca.crt", key=other / "node0.key")
+    no_key = deployment.start_node(8, node, key=other / "node0.key")
+    no_certificate = deployment.start_node(9, node, secure=False)
+    _survives(tmp_path, config, files, deployment)
+    assert "SuperNode ID" in deployment.log("node0")  # what a node prints once the link has taken it
+    for name in (wrong_authority, no_key, no_certificate):
+        assert "Starting Flower SuperNode" in deployment.log(name)
+        assert "SuperNode ID" not in deployment.log(name)
+
+
 def _survives(tmp_path: Path, config: RunConfig, files: Mapping[str, Path], deployment: Deployment) -> None:
     """Three rounds; the third site's node is killed in the second one, the server in the last."""
-    nodes = _nodes(deployment, files)
-    for number in range(3):
-        deployment.register(number)
-        deployment.start_node(number, nodes[number])
+    nodes = _start_nodes(deployment, files)
     first = deployment.submit()
     deployment.wait_for_file("checkpoints/round-000001", seconds=900)
     deployment.stop("node2", kill=True)
@@ -112,8 +123,7 @@ def _survives(tmp_path: Path, config: RunConfig, files: Mapping[str, Path], depl
     deployment.restart_node(2, nodes[2], seconds=600)
     deployment.submit(resume="true")
     deployment.wait_for_file("summary.json", seconds=900)
-    lines = [json.loads(line) for line in (deployment.root / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [list(line["excluded"]) for line in lines] == [[], [list(files)[2]], []]
+    assert [list(line["excluded"]) for line in _metrics(deployment)] == [[], [list(files)[2]], []]
 
     # the same in one process, where the third site is silent in round 2
     exchange = exchange_of(config, files, tmp_path / "sites")
@@ -123,14 +133,8 @@ def _survives(tmp_path: Path, config: RunConfig, files: Mapping[str, Path], depl
     assert _differing(served.path, tmp_path / "sites", deployment) == []
 
 
-def test_a_node_killed_in_a_round_is_excluded_and_goes_on_with_its_own_b_after_the_server_was_killed_too(
-    tmp_path: Path, config: RunConfig, deployment: Deployment
-) -> None:
-    _survives(tmp_path, config, chat_files(tmp_path), deployment)
-
-
 @pytest.mark.slow
-def test_the_same_with_minilm_and_real_sentences(tmp_path: Path) -> None:
+def test_a_killed_node_and_a_killed_server_go_on_with_minilm_and_real_sentences(tmp_path: Path) -> None:
     require_minilm()
     rows = hutto_rows(hutto_archive())
     files = {}
