@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -21,11 +22,11 @@ JOINED = "SuperNode ID"
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """A link that knows four nodes."""
+    """A link that knows two nodes."""
     folder = tmp_path_factory.mktemp("wire")
-    with Deployment.write(folder / "federation", chat_config(folder), num_nodes=4) as started:
+    with Deployment.write(folder / "federation", chat_config(folder), num_nodes=2) as started:
         started.start_link()
-        for number in range(4):
+        for number in range(2):
             started.register(number)
         yield started
 
@@ -66,11 +67,17 @@ def test_a_message_that_is_changed_or_repeated_on_its_way_is_not_taken(
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
 def test_the_proxy_of_the_written_app_publishes_the_fleet_path_only(
-    deployment: Deployment, node: dict[str, str]
+    deployment: Deployment, node: dict[str, str], tmp_path: Path
 ) -> None:
+    told = re.search(r"`(ssh-keygen [^`]+)`", (deployment.root / "README.md").read_text())  # how a site makes its key
+    assert told is not None
+    subprocess.run(shlex.split(told[1]), cwd=tmp_path, check=True, capture_output=True)
+    registered = deployment.flwr("supernode", "register", str(tmp_path / "node.key.pub"), "loopback", "--name", "new")
+    assert registered.returncode == 0, registered.stdout + registered.stderr
     port = _start_nginx(deployment)
-    name = deployment.start_node(2, node, port=port)
+    name = deployment.start_node(2, node, port=port, key=tmp_path / "node.key")
     assert _has_joined(deployment, name, seconds=90.0), deployment.log(name)
     settings = deployment.root / "home" / "config.toml"
     direct = settings.read_text()
