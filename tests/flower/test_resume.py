@@ -200,6 +200,9 @@ def test_a_finished_run_is_left_as_it_is(undisturbed: Undisturbed, tmp_path: Pat
     serve(config, LocalExchange({}), resume=True, log=lines.append)
     assert _files(Path(config.output), "**/*") == before
     assert "finished already" in lines[0]
+    (Path(config.output) / ".owner").write_text("{}")  # of a server that was killed right after its summary
+    serve(config, LocalExchange({}), resume=True, log=lines.append)
+    assert _files(Path(config.output), "**/*") == before
 
 
 def test_a_server_that_ends_in_the_greeting_has_begun_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def serve(config: RunConfig, exchange: Exchange, *, resume: bool, log: Log) -> R
     if not resume:
         RunDirectory.check_free(output)
     elif RunDirectory.open(output).summary():
+        RunDirectory.open(output).remove_stale_owner()
         log(f"{output}: the run is finished already")
         return RunDirectory.open(output)
     skeleton = load_server_model(config)
