@@ -31,8 +31,6 @@ class Rule:
     head: str = "auto"
     alpha_factor: float = 1.0
     """Of the matched alpha; next to nothing leaves the head alone."""
-    trains_for_all: bool = False
-    """Whether one client takes the steps of all."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +171,8 @@ def _kept(rule: Rule, point: tuple[int, int], seed: int) -> Planned:
 
 def _methods(seed: int) -> list[Planned]:
     """All at one gamma (rslora, one shared draw), so that the method is compared and not its scaling."""
-    rules = [Rule(name, "rslora", "shared", name) for name in (*OTHERS, "local")]
+    rules = [Rule(name, "rslora", "shared", name) for name in (*OTHERS, "local", "centralized")]
     rules += [
-        Rule("centralized", "rslora", "shared", "centralized", trains_for_all=True),
-        Rule("centralized, one client's steps", "rslora", "shared", "centralized"),
         Rule("fedsa, shared head", "rslora", "shared", head="shared"),
         Rule("sfed, to the letter", "sfed", "local"),
         Rule("head alone", "rslora", "shared", alpha_factor=1e-6),
@@ -211,7 +207,7 @@ def config_of(run: Planned, size: Size, paths: Mapping[str, str], best_rate: flo
         "rounds.weighting": "uniform",
         "local.optimizer": "sgd",
         "local.learning_rate": run.rate if run.part == "sweep" else run.rate * best_rate,
-        "local.local_steps": size.local_steps * (run.num_clients if run.rule.trains_for_all else 1),
+        "local.local_steps": size.local_steps,
         "local.batch_size": size.batch_size,
         "threads": 1,
         "device": "cpu",
