@@ -97,22 +97,24 @@ def prepare_sentences(
     return {"minilm": str(model)} | {name: str(path) for name, path in paths.items()}
 
 
-def prepare_dialogue(folder: Path, clients: Sequence[int], chosen: Dialogue | None = None) -> dict[str, str]:
+def prepare_dialogue(
+    folder: Path, clients: Sequence[int], chosen: Dialogue | None = None, *, source: str = CHITCHAT
+) -> dict[str, str]:
     """Write the replies for these numbers of clients and for speakers that take no part.
 
     Returns:
         As `prepare_sentences`.
 
     Raises:
-        InputError: chitchat-dataset is not installed.
+        InputError: the data set is not there.
         DataError: fewer speakers with enough replies than asked for.
     """
     chosen = chosen or Dialogue()
-    source = local_path(CHITCHAT)
-    if source is None:
-        raise InputError("chitchat-dataset is not installed; pip install --no-deps chitchat-dataset==0.9.0")
+    path = local_path(source)
+    if path is None:
+        raise InputError(f"{source}: not found; `make study` fetches it")
     by_speaker: dict[str, list[Row]] = {}
-    for row in chitchat_rows(source):
+    for row in chitchat_rows(path):
         if len(row["response"]) >= chosen.least_letters:
             by_speaker.setdefault(row["speaker"], []).append(row)
     speakers = sorted(by_speaker, key=lambda speaker: (-len(by_speaker[speaker]), speaker))

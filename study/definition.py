@@ -6,6 +6,7 @@ Parts:
     grid      learning rates at (512, 10) and (128, 20); the factor 1 is in `kept`
     methods   all methods at (32, 10) with one gamma
     paper     the methods that have alpha / r in their papers, with it
+    slower_a  sfed with the learning rate of A divided by N, at the points of the grid
     dialogue  SmolLM2 at three corners, and a quarter of the rate at one of them
 
 The most telling runs come first, so that a study that is cut short is a smaller one of the same kind.
@@ -17,7 +18,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["MATCHED", "RULES", "SIZES", "Planned", "Rule", "Size", "alpha_of", "config_of", "plan"]
+from sfedlora.config import RunConfig
+
+__all__ = [
+    "MATCHED",
+    "RULES",
+    "SIZES",
+    "SLOWER",
+    "SLOWER_RATES",
+    "Planned",
+    "Rule",
+    "Size",
+    "alpha_of",
+    "config_of",
+    "plan",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,8 @@ class Rule:
     head: str = "auto"
     alpha_factor: float = 1.0
     """Of the matched alpha; next to nothing leaves the head alone."""
+    slows_a: bool = False
+    """Whether A learns with 1/N of the rate of B."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,9 @@ RULES = (
     Rule("rslora + shared", "rslora", "shared"),
     Rule("reinit", "rslora", "reinit"),
 )
+SLOWER = Rule("sfed, A slower", "sfed", "independent", slows_a=True)
+SLOWER_RATES = (0.5, 2.0, 8.0)
+"""Twice those of the grid: with half the gain of `rslora + shared` the steps are then of one size."""
 LARGE = ("sfed", "rslora", "rslora + shared")
 """Rules that are also run with a quarter of the rate at the first corner."""
 CROSS = ((128, 10), (512, 10), (4, 10), (128, 20), (128, 2), (32, 10), (128, 5))
@@ -158,6 +178,11 @@ def plan() -> list[Planned]:
         *[_kept(rule, point, seed) for seed in SEEDS[1:] for point in CROSS for rule in RULES],
         *[run for seed in SEEDS[1:] for run in _methods(seed)],
         *[
+            _planned(("slower_a", "sentences"), SLOWER, point, factor, 0)
+            for point in GRID_POINTS
+            for factor in SLOWER_RATES
+        ],
+        *[
             _planned(("paper", "sentences"), Rule(name, "lora", "shared", name), METHODS_POINT, 1.0, 0)
             for name in ("fedsa", *OTHERS)
         ],
@@ -188,10 +213,10 @@ def _planned(
     return Planned(part, name, task, rule, *point, rate, seed, new)
 
 
-def config_of(run: Planned, size: Size, paths: Mapping[str, str], best_rate: float, output: str) -> dict[str, Any]:
-    """The configuration as dotted keys; `paths` is what `study.data` wrote."""
+def config_of(run: Planned, size: Size, paths: Mapping[str, str], best_rate: float, output: str) -> RunConfig:
+    """The configuration; `paths` is what `study.data` wrote."""
     sentences = run.task == "sentences"
-    return {
+    settings = {
         **size.settings,
         "model.source": paths["minilm"] if sentences else paths.get("chat", SMOLLM2),
         "data.source": paths["sentences"] if sentences else paths[f"dialogue-{run.num_clients}"],
@@ -207,6 +232,7 @@ def config_of(run: Planned, size: Size, paths: Mapping[str, str], best_rate: flo
         "rounds.weighting": "uniform",
         "local.optimizer": "sgd",
         "local.learning_rate": run.rate if run.part == "sweep" else run.rate * best_rate,
+        "local.learning_rate_a_ratio": 1 / run.num_clients if run.rule.slows_a else 1.0,
         "local.local_steps": size.local_steps,
         "local.batch_size": size.batch_size,
         "threads": 1,
@@ -214,3 +240,15 @@ def config_of(run: Planned, size: Size, paths: Mapping[str, str], best_rate: flo
         "seed": run.seed,
         "output": output,
     }
+    return RunConfig.from_mapping(_nested(settings))
+
+
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        if name:
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[section] = value
+    return nested

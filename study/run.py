@@ -8,7 +8,6 @@ and are removed once their line is written. An estimate of the time is printed f
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import shutil
@@ -19,10 +18,10 @@ from typing import Any
 
 from study.data import prepare_dialogue, prepare_sentences
 from study.definition import CORNERS, MATCHED, SIZES, Planned, Size, config_of, plan
+from study.readings import read_study
 
 from sfedlora.artifacts import RunDirectory
 from sfedlora.compare import compare_events
-from sfedlora.config import RunConfig
 from sfedlora.config.flatten import flatten
 from sfedlora.config.grid import Cell
 from sfedlora.errors import RunError, StorageError
@@ -31,7 +30,7 @@ from sfedlora.personalize import personalize
 from sfedlora.setup.environment import library_versions
 from sfedlora.storage import to_json, write_text
 
-__all__ = ["best_rate", "estimate_seconds", "read_lines", "run_study"]
+__all__ = ["best_rate", "estimate_seconds", "run_study"]
 
 PER_ROUND = ("round_num", "train_loss", "eval_loss", "accuracy", "perplexity", "grad_norm_a", "grad_norm_b", "gain")
 SETTINGS = (
@@ -47,6 +46,7 @@ SETTINGS = (
     "local.batch_size",
     "local.optimizer",
     "local.learning_rate",
+    "local.learning_rate_a_ratio",
     "seed",
 )
 BASE_SECONDS = {"sentences": 8.0, "dialogue": 10.0}
@@ -54,12 +54,6 @@ STEP_SECONDS = {"sentences": 0.065, "dialogue": 0.85}
 CLIENT_SECONDS = {"sentences": 0.1, "dialogue": 3.0}
 NEW_CLIENT_SECONDS = 10.0
 """Measured on one core of a shared x86 machine: what a run takes besides training, a step, a client's evaluation."""
-
-
-def read_lines(results: Path) -> list[dict[str, Any]]:
-    """All lines of all parts that are there."""
-    files = sorted(results.glob("*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def best_rate(lines: Sequence[Mapping[str, Any]], task: str) -> float:
@@ -94,7 +88,7 @@ def run_study(
     """
     output.mkdir(parents=True, exist_ok=True)
     for run in runs:
-        lines = read_lines(output)
+        lines = read_study(output)
         if any(line["part"] == run.part and line["run"] == run.name for line in lines):
             continue
         yield run
@@ -112,8 +106,7 @@ def _line(run: Planned, size: Size, paths: Mapping[str, str], rate: float, work:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "name").write_text(run.name, encoding="utf-8")
-    settings = config_of(run, size, paths, rate, str(folder / "cell"))
-    cell = Cell(run.name, RunConfig.from_mapping(_nested(settings)))
+    cell = Cell(run.name, config_of(run, size, paths, rate, str(folder / "cell")))
     start = time.process_time()
     failed, new = "", {}
     (folder / "compared").mkdir(exist_ok=True)
@@ -184,28 +177,19 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        if name:
-            nested.setdefault(section, {})[name] = value
-        else:
-            nested[section] = value
-    return nested
-
-
 def main() -> None:
     """Prepare the data, print the estimate, run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--archive", type=Path, default=Path(".data/hutto_ICWSM_2014.tar.gz"))
     parser.add_argument("--output", type=Path, default=Path("study/results"))
     parser.add_argument("--work", type=Path, default=Path("runs/study"))
+    parser.add_argument("--parts", default="", help="Only these, separated by commas; a sweep comes before its task.")
     parser.add_argument("--hours", type=float, default=2.5, help="Begin no further run after so many.")
     arguments = parser.parse_args()
     begin = time.monotonic()
-    runs = plan()
-    done = {(line["part"], line["run"]) for line in read_lines(arguments.output)}
+    parts = {name for name in arguments.parts.split(",") if name}
+    runs = [run for run in plan() if not parts or run.part in parts]
+    done = {(line["part"], line["run"]) for line in read_study(arguments.output)}
     left = [run for run in runs if (run.part, run.name) not in done]
     seconds = sum(estimate_seconds(run, SIZES[run.task]) for run in left)
     print(f"{len(left)} of {len(runs)} runs to do, roughly {seconds / 60:.0f} minutes on one core", flush=True)
