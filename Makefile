@@ -13,7 +13,7 @@ HUTTO := $(DATA)/hutto_ICWSM_2014.tar.gz
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help bench demo demo-sentiment test test-slow test-browser test-crash test-minimum fuzz lint types docs format clean
+.PHONY: help bench demo demo-sentiment study study-figures test test-slow test-browser test-crash test-minimum fuzz lint types docs format clean
 
 help:
 	@echo "make demo            fine-tune SmolLM2-135M across clients on real text, compare scaling rules"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-crash      kill runs at every operation, resume, compare (hours)      make fuzz   fuzz every parser"
 	@echo "make test-minimum    the oldest versions of the dependencies that are allowed"
 	@echo "make bench           measure speed and memory against the bars (BENCH=--whole: on SmolLM2 too)"
+	@echo "make study           the study of docs/study.md again (about two hours on one core); make study-figures: its page"
 	@echo "make lint types docs check style, layers, types, documentation"
 
 $(VENV)/.made:
@@ -113,6 +114,15 @@ format: $(VENV)/.dev
 # What needs no download; with the real models and texts: make bench BENCH=--whole (more than an hour).
 bench: $(VENV)/.run $(if $(BENCH),$(VENV)/.chat $(VENV)/.chitchat $(VENV)/.minilm)
 	$(BIN)/python benchmarks/all.py $(BENCH)
+
+# Goes on where it was stopped; compare with the published lines in study/results.
+STUDY ?= runs/study
+study: $(VENV)/.run $(VENV)/.chat $(VENV)/.chitchat $(VENV)/.minilm $(HUTTO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m study.run --archive $(HUTTO) --output $(STUDY)/results --work $(STUDY)/work
+
+# The figures and the page of the published study, from its raw data.
+study-figures: $(VENV)/.run
+	$(BIN)/python -m study.figures
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
