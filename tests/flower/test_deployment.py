@@ -159,7 +159,7 @@ def test_a_killed_node_and_a_killed_server_go_on_with_minilm_and_real_sentences(
         deployment.start_link()
         _survives(tmp_path, config, files, deployment)
     summary = json.loads((deployment.root / "run" / "summary.json").read_text())
-    lost, kept = (summary[when]["test"]["weighted"]["loss"] for when in ("initial", "last"))
+    lost, kept = (summary[when]["test"]["weighted"]["eval_loss"] for when in ("initial", "last"))
     assert kept < lost - 0.02, "nothing was learned"
 
 
