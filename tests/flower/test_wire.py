@@ -48,7 +48,10 @@ def _has_joined(
     return JOINED in deployment.log(name)
 
 
-@pytest.mark.parametrize(("number", "change"), [(0, flipped), (1, repeated)], ids=["changed", "repeated"])
+@pytest.mark.parametrize(
+    ("number", "change"),
+    [pytest.param(0, flipped, id="changed"), pytest.param(1, repeated, id="repeated", marks=pytest.mark.slow)],
+)
 def test_a_message_that_is_changed_or_repeated_on_its_way_is_not_taken(
     number: int, change: Callable[[bytes], bytes], deployment: Deployment, node: dict[str, str]
 ) -> None:
