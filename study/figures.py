@@ -208,6 +208,7 @@ def _dialogue(study: Study, path: Path) -> Path | None:
             if diverged(run):
                 axes.plot(x, value, "x", color="#333333", markersize=7)
     axes.set_xticks(range(len(groups)), list(groups), fontsize=9)
+    axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.grid(visible=True, axis="y", alpha=0.3)
     axes.set_ylabel(CHANGE)

@@ -72,13 +72,20 @@ def _against(study: Study) -> str:
 
 def _slopes(study: Study) -> str:
     kept = of_part(study, "kept")
-    keys = ("grad_norm_b", "grad_norm_a", "gain")
+    readings = (("grad_norm_b", 1), ("grad_norm_b", 2), ("grad_norm_a", 2), ("gain", 2))
     rows = [
-        [rule, *(_signed(slope(line_over(kept, rule, axis, at_round(key))), 2) for key in keys for axis in (0, 1))]
+        [
+            rule,
+            *(
+                _signed(slope(line_over(kept, rule, axis, at_round(key, number))), 2)
+                for key, number in readings
+                for axis in (0, 1)
+            ),
+        ]
         for rule in rules_of(kept)
     ]
-    names = ("grad B", "grad A", "gain")
-    return _table(["rule", *(f"{name} in {axis}" for name in names for axis in ("r", "N"))], rows)
+    names = ("grad B, round 1", "grad B, round 2", "grad A, round 2", "gain, round 2")
+    return _table(["rule", *(f"{name}: in {axis}" for name in names for axis in ("r", "N"))], rows)
 
 
 def _rates(study: Study) -> str:
