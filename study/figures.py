@@ -78,27 +78,28 @@ def _final(study: Study, path: Path) -> Path | None:
 
 
 def _gradients(study: Study, path: Path) -> Path | None:
-    """Gradient norms of B and A, and gain, at the start of round 2, against r and N."""
+    """Gradient norms of B in rounds 1 and 2, and of A in round 2, against r and N."""
     kept = of_part(study, "kept")
-    readings = (
-        ("grad_norm_b", "|grad B|, round 2"),
-        ("grad_norm_a", "|grad A|, round 2"),
-    )
+    readings = (("grad_norm_b", "B", 1), ("grad_norm_b", "B", 2), ("grad_norm_a", "A", 2))
     rows = [
         [
             Panel(
-                f"{label}, {_where(kept, axis)}",
+                f"|grad {factor}| in round {number}, {_where(kept, axis)}",
                 ("rank r", "clients N")[axis],
-                label,
-                [line for rule in rules_of(kept) if (line := line_over(kept, rule, axis, at_round(key))).points],
+                f"|grad {factor}|",
+                [
+                    line
+                    for rule in rules_of(kept)
+                    if (line := line_over(kept, rule, axis, at_round(key, number))).points
+                ],
                 log_x=True,
                 log_y=True,
             )
             for axis in (0, 1)
         ]
-        for key, label in readings
+        for key, factor, number in readings
     ]
-    return draw_panels(rows, "Gradient norms at the first step of round 2", path)
+    return draw_panels(rows, "Gradient norms at the first step of a round", path) if kept else None
 
 
 def _by_round(key: str, label: str) -> Callable[[Study, Path], Path | None]:

@@ -51,20 +51,14 @@ def read_study(results: Path) -> list[dict[str, Any]]:
 
 
 def comparable(study: Study) -> list[Run]:
-    """The lines without seeds that a study cut short ran for some rules and not for others."""
-    groups = {key: {run["rule"] for run in study if _group(run) == key} for key in map(_group, study)}
-    most: dict[Any, int] = {}
-    for (part, point, _), rules in groups.items():
-        most[part, point] = max(most.get((part, point), 0), len(rules))
-    return [
-        run
-        for run in study
-        if run["part"] not in ("kept", "methods") or len(groups[_group(run)]) == most[run["part"], place(run)]
-    ]
+    """The lines without seeds of which a study cut short has fewer runs than of the others: lines need like seeds."""
+    counts = Counter(_part_and_seed(run) for run in study)
+    most = {part: max(count for (other, _), count in counts.items() if other == part) for part, _ in counts}
+    return [run for run in study if counts[_part_and_seed(run)] == most[run["part"]]]
 
 
-def _group(run: Run) -> tuple[str, tuple[int, int], int]:
-    return run["part"], place(run), run["settings"]["seed"]
+def _part_and_seed(run: Run) -> tuple[str, int]:
+    return run["part"], run["settings"]["seed"]
 
 
 def of_part(study: Study, part: str, **settings: Any) -> list[Run]:

@@ -203,7 +203,7 @@ def test_lines_and_slopes_by_hand() -> None:
     assert slope(line_over(runs[:2], "lora", 0, lambda found: float(found["norm"]))) is None
 
 
-def test_a_seed_that_some_rules_lack_is_left_out() -> None:
+def test_a_seed_that_is_not_whole_is_left_out() -> None:
     def run(rule: str, seed: int, part: str = "kept") -> dict[str, Any]:
         settings = {"lora.rank": 4, "partition.num_clients": 2, "seed": seed}
         return {"part": part, "rule": rule, "settings": settings}
