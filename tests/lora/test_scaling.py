@@ -7,8 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
-from peft.tuners.lora.layer import Linear as PeftLinear
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from sfedlora.errors import ConfigError
@@ -35,7 +34,8 @@ def test_hand_computed_values(rule: str, alpha: float, rank: int, num_clients: f
 @pytest.mark.parametrize(("alpha", "rank", "num_clients"), [(16, 8, 20.0), (3.7, 128, 7.31), (1, 1, 1.0)])
 def test_stock_peft_computes_the_same_bits(rule: str, alpha: float, rank: int, num_clients: float) -> None:
     config = peft_config(rule, alpha=alpha, rank=rank, num_clients=num_clients)  # type: ignore[arg-type]
-    layer = PeftLinear(nn.Linear(4, 4), "default", config=config, r=config.r, lora_alpha=config.lora_alpha)
+    config.target_modules = {"0"}
+    layer = inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 4)))[0]
     assert layer.scaling["default"] == scaling_factor(rule, alpha=alpha, rank=rank, num_clients=num_clients)  # type: ignore[arg-type]
 
 
