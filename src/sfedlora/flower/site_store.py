@@ -23,7 +23,7 @@ from sfedlora.storage import (
     read_record,
     read_tensors,
     remove_directory,
-    remove_tree,
+    remove_leftovers,
     to_json,
     to_safetensors,
     write_bytes,
@@ -115,8 +115,7 @@ class SiteStore:
 
     def remove_leftovers(self) -> None:
         """Remove what a killed process left half written or half removed."""
-        for path in self.path.glob(".*.tmp"):
-            remove_tree(path)
+        remove_leftovers(self.path)
 
     def secret_key(self) -> bytes:
         """The key of the noise that this site adds; drawn once, never sent.

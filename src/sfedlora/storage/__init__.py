@@ -20,6 +20,7 @@ from sfedlora.storage.files import directory_written_whole as directory_written_
 from sfedlora.storage.files import make_directory as make_directory
 from sfedlora.storage.files import remove_directory as remove_directory
 from sfedlora.storage.files import remove_file as remove_file
+from sfedlora.storage.files import remove_leftovers as remove_leftovers
 from sfedlora.storage.files import sync_files as sync_files
 from sfedlora.storage.files import write_bytes as write_bytes
 from sfedlora.storage.files import write_json as write_json
@@ -41,6 +42,7 @@ __all__ = [
     "read_tensors",
     "remove_directory",
     "remove_file",
+    "remove_leftovers",
     "remove_tree",
     "require_header",
     "sync_files",

@@ -19,6 +19,7 @@ __all__ = [
     "make_directory",
     "remove_directory",
     "remove_file",
+    "remove_leftovers",
     "sync_files",
     "write_bytes",
     "write_json",
@@ -173,6 +174,12 @@ def sync_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file():
             disk.sync(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder under temporary names."""
+    for path in folder.glob(".*.tmp"):
+        disk.remove_tree(path)
 
 
 def _temporary(path: Path) -> Path:
